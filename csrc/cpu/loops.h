@@ -1,0 +1,38 @@
+// The vectorised loops over blocks of contiguous elements, one set for each
+// instruction set that the machine may have.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../rules.h"
+
+namespace mlx_fused::cpu {
+
+// Elements that are loaded, updated and stored at a time: few enough for all
+// arrays of a rule to stay in the first-level cache as float32.
+constexpr size_t block_size = 512;
+
+// Lanes of the sum of squares. Fixed, so that every instruction set adds in the
+// same order.
+constexpr size_t sum_lanes = 32;
+
+struct Loops {
+  // Updates n parameters p with gradients g, or with gradient_scale alone if g
+  // is null. h points to the rule's hyper-parameters.
+  void (*update)(Rule rule, const float* h, float learning_rate, float step,
+                 float gradient_scale, float* p, const float* g, float* s0,
+                 float* s1, size_t n);
+  // Adds the squares of n values to the lanes.
+  void (*add_squares)(const float* x, size_t n, float* lanes);
+
+  void (*load_float16)(const uint16_t* in, float* out, size_t n);
+  void (*store_float16)(const float* in, uint16_t* out, size_t n);
+  void (*load_bfloat16)(const uint16_t* in, float* out, size_t n);
+  void (*store_bfloat16)(const float* in, uint16_t* out, size_t n);
+};
+
+// The fastest set that this machine runs.
+const Loops& loops();
+
+}  // namespace mlx_fused::cpu

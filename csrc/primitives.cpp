@@ -1,0 +1,201 @@
+#include "primitives.h"
+
+#include "mlx/allocator.h"
+#include "mlx/transforms.h"
+#include "mlx/utils.h"
+
+#include "composed.h"
+
+namespace mlx_fused {
+
+namespace {
+
+using Function = std::function<std::vector<mx::array>(
+    const std::vector<mx::array>&)>;
+
+// MLX's own limit (mlx/backend/common/utils.h): a small view must not keep a
+// large buffer alive for as long as the model lives.
+constexpr size_t donation_slack = 16384;
+
+bool can_donate(const mx::array& in, const mx::array& out) {
+  return in.flags().row_contiguous && in.is_donatable() &&
+         in.buffer_size() <= out.nbytes() + donation_slack;
+}
+
+// The function of the selected inputs alone, the others held fixed.
+Function restrict_to(const Function& function,
+                     const std::vector<mx::array>& inputs,
+                     const std::vector<int>& selected) {
+  return [&function, &inputs, &selected](const std::vector<mx::array>& values) {
+    auto all = inputs;
+    for (size_t i = 0; i < selected.size(); ++i) {
+      all[selected[i]] = values[i];
+    }
+    return function(all);
+  };
+}
+
+std::vector<mx::array> select(const std::vector<mx::array>& arrays,
+                              const std::vector<int>& indices) {
+  std::vector<mx::array> selected;
+  for (int i : indices) {
+    selected.push_back(arrays[i]);
+  }
+  return selected;
+}
+
+std::vector<mx::array> vjp_of(const Function& function,
+                              const std::vector<mx::array>& primals,
+                              const std::vector<mx::array>& cotangents,
+                              const std::vector<int>& argnums) {
+  return mx::vjp(restrict_to(function, primals, argnums),
+                 select(primals, argnums), cotangents)
+      .second;
+}
+
+std::vector<mx::array> jvp_of(const Function& function,
+                              const std::vector<mx::array>& primals,
+                              const std::vector<mx::array>& tangents,
+                              const std::vector<int>& argnums) {
+  return mx::jvp(restrict_to(function, primals, argnums),
+                 select(primals, argnums), tangents)
+      .second;
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> vmap_of(
+    const Function& function, const std::vector<mx::array>& inputs,
+    const std::vector<int>& axes) {
+  auto outputs = mx::vmap(function, axes)(inputs);
+  std::vector<int> output_axes(outputs.size(), 0);
+  return {std::move(outputs), std::move(output_axes)};
+}
+
+}  // namespace
+
+void place_outputs(
+    const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
+    const GroupLayout& layout,
+    const std::function<void(const mx::array&, mx::array&)>& copy) {
+  // Each output of a primitive holds the list of inputs, so none of them would
+  // ever be donatable. The other outputs can let go of theirs: the graph is
+  // walked only through the one under evaluation. Tracers are walked again.
+  bool release = true;
+  for (const auto& output : outputs) {
+    release = release && !output.is_tracer();
+  }
+  std::vector<mx::array> siblings;
+  for (auto& output : outputs) {
+    if (release && &output.inputs() != &inputs) {
+      output.inputs().clear();
+      siblings.push_back(output);
+    }
+  }
+  std::vector<std::pair<int, int>> copies;
+  try {
+    for (int tensor = 0; tensor < layout.tensors; ++tensor) {
+      for (int k = 0; k < layout.outputs_each(); ++k) {
+        const auto& in = inputs[layout.input(tensor, k)];
+        auto& out = outputs[layout.output(tensor, k)];
+        if (can_donate(in, out)) {
+          out.copy_shared_buffer(in);
+        } else {
+          out.set_data(mx::allocator::malloc(out.nbytes()));
+          copies.emplace_back(layout.input(tensor, k),
+                              layout.output(tensor, k));
+        }
+      }
+    }
+  } catch (...) {
+    // Out of memory: put the graph back, so that it can be evaluated again.
+    for (auto& sibling : siblings) {
+      sibling.inputs() = inputs;
+    }
+    throw;
+  }
+  for (auto [in, out] : copies) {
+    if (outputs[out].size() > 0) {
+      copy(inputs[in], outputs[out]);
+    }
+  }
+}
+
+Walk collapse(const mx::array& a) {
+  Walk walk;
+  for (size_t i = 0; i < a.ndim(); ++i) {
+    const int64_t size = a.shape()[i];
+    const int64_t stride = a.strides()[i];
+    if (size == 1) {
+      continue;
+    }
+    if (!walk.shape.empty() && walk.strides.back() == size * stride) {
+      walk.shape.back() *= size;
+      walk.strides.back() = stride;
+    } else {
+      walk.shape.push_back(size);
+      walk.strides.push_back(stride);
+    }
+  }
+  if (walk.shape.empty()) {
+    walk = {{1}, {1}};
+  }
+  return walk;
+}
+
+std::vector<mx::array> FusedUpdate::vjp(
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
+    const std::vector<mx::array>&) {
+  return vjp_of(composed_update(rule_, hyperparameters_, layout_, stream()),
+                primals, cotangents, argnums);
+}
+
+std::vector<mx::array> FusedUpdate::jvp(const std::vector<mx::array>& primals,
+                                        const std::vector<mx::array>& tangents,
+                                        const std::vector<int>& argnums) {
+  return jvp_of(composed_update(rule_, hyperparameters_, layout_, stream()),
+                primals, tangents, argnums);
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> FusedUpdate::vmap(
+    const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
+  return vmap_of(composed_update(rule_, hyperparameters_, layout_, stream()),
+                 inputs, axes);
+}
+
+bool FusedUpdate::is_equivalent(const mx::Primitive& other) const {
+  const auto& update = static_cast<const FusedUpdate&>(other);
+  return rule_ == update.rule_ && layout_.tensors == update.layout_.tensors &&
+         layout_.scaled == update.layout_.scaled &&
+         hyperparameters_ == update.hyperparameters_;
+}
+
+std::vector<mx::Shape> FusedUpdate::output_shapes(
+    const std::vector<mx::array>& inputs) {
+  std::vector<mx::Shape> shapes;
+  for (int tensor = 0; tensor < layout_.tensors; ++tensor) {
+    for (int k = 0; k < layout_.outputs_each(); ++k) {
+      shapes.push_back(inputs[layout_.input(tensor, k)].shape());
+    }
+  }
+  return shapes;
+}
+
+std::vector<mx::array> GlobalNorm::vjp(const std::vector<mx::array>& primals,
+                                       const std::vector<mx::array>& cotangents,
+                                       const std::vector<int>& argnums,
+                                       const std::vector<mx::array>&) {
+  return vjp_of(composed_norm(stream()), primals, cotangents, argnums);
+}
+
+std::vector<mx::array> GlobalNorm::jvp(const std::vector<mx::array>& primals,
+                                       const std::vector<mx::array>& tangents,
+                                       const std::vector<int>& argnums) {
+  return jvp_of(composed_norm(stream()), primals, tangents, argnums);
+}
+
+std::pair<std::vector<mx::array>, std::vector<int>> GlobalNorm::vmap(
+    const std::vector<mx::array>& inputs, const std::vector<int>& axes) {
+  return vmap_of(composed_norm(stream()), inputs, axes);
+}
+
+}  // namespace mlx_fused

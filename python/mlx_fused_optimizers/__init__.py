@@ -1,0 +1,52 @@
+"""Drop-in replacements for ``mlx.optimizers`` with fused, in-place updates.
+
+    import mlx_fused_optimizers as optim  # was: import mlx.optimizers as optim
+
+Every name of ``mlx.optimizers`` 0.32.4 is here. SGD, Adam, AdamW, Lion and
+clip_grad_norm are fused; the other names are those of ``mlx.optimizers``.
+"""
+
+from ._requirements import check_mlx
+
+check_mlx()
+
+from mlx.optimizers import (  # noqa: E402
+    AdaDelta,
+    Adafactor,
+    Adagrad,
+    Adamax,
+    MultiOptimizer,
+    Muon,
+    RMSprop,
+    cosine_decay,
+    exponential_decay,
+    join_schedules,
+    linear_schedule,
+    step_decay,
+)
+
+from .clipping import clip_grad_norm  # noqa: E402
+from .optimizers import SGD, Adam, AdamW, Lion, Optimizer  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "AdaDelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "MultiOptimizer",
+    "Muon",
+    "Optimizer",
+    "RMSprop",
+    "clip_grad_norm",
+    "cosine_decay",
+    "exponential_decay",
+    "join_schedules",
+    "linear_schedule",
+    "step_decay",
+]

@@ -1,0 +1,56 @@
+"""Gradient clipping."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as stock
+
+from . import _ext
+from ._trees import collect_leaves, replace_leaves
+
+FUSED_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+
+
+def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.array]:
+    r"""Clips the global norm of the gradients.
+
+    .. math::
+
+        g \leftarrow g \cdot \min\left(\frac{c}{\|g\|_2 + 10^{-6}}, 1\right)
+
+    The norm is that of all gradients as one vector, and is accumulated in float32
+    or better. Source: Pascanu et al., "On the difficulty of training recurrent
+    neural networks", ICML 2013.
+
+    Example:
+        >>> grads = {"w1": mx.array([2.0, 3.0]), "w2": mx.array([1.0])}
+        >>> clipped, norm = clip_grad_norm(grads, max_norm=2.0)
+
+    Args:
+        grads (dict): A Python tree of gradients of any shapes. float32, float16 and
+            bfloat16 are fused; trees with other dtypes take the path of
+            ``mlx.optimizers``.
+        max_norm (float): The largest norm :math:`c` that passes unscaled.
+
+    Returns:
+        (dict, array): The gradients, scaled if their norm exceeds ``max_norm``, in
+        their own dtypes; and the norm before scaling, a scalar. Its dtype is float32,
+        or bfloat16 if all gradients are.
+
+    Raises:
+        ValueError: If ``max_norm`` is negative.
+    """
+    if max_norm < 0:
+        raise ValueError(f"max_norm should be >=0, {max_norm} was provided instead")
+    leaves: list[Any] = []
+    collect_leaves((leaves,), grads)
+    if not leaves or any(
+        not isinstance(leaf, mx.array) or leaf.dtype not in FUSED_DTYPES
+        for leaf in leaves
+    ):
+        clipped, norm = stock.clip_grad_norm(grads, max_norm)
+        return clipped, norm
+    norm, factor = _ext.global_norm(leaves, mx.array(max_norm, mx.float32))
+    if all(leaf.dtype == mx.bfloat16 for leaf in leaves):
+        norm = norm.astype(mx.bfloat16)
+    return replace_leaves(grads, iter(_ext.scale(leaves, factor))), norm

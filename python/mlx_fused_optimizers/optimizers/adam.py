@@ -1,0 +1,87 @@
+"""Adam and AdamW."""
+
+import mlx.optimizers as stock
+
+from .base import FusedOptimizer, FusedRule
+
+
+class Adam(FusedOptimizer, stock.Adam):
+    r"""The Adam optimizer.
+
+    .. math::
+
+        m_{t+1} &= \beta_1 m_t + (1 - \beta_1) g_t \\
+        v_{t+1} &= \beta_2 v_t + (1 - \beta_2) g_t^2 \\
+        w_{t+1} &= w_t - \lambda \frac{m_{t+1}}{\sqrt{v_{t+1}} + \epsilon}
+
+    With bias correction, :math:`m_{t+1}` is divided by :math:`1 - \beta_1^{t+1}` and
+    :math:`v_{t+1}` by :math:`1 - \beta_2^{t+1}` in the last line. Source: Kingma and
+    Ba, "Adam: A method for stochastic optimization", ICLR 2015.
+
+    State of a parameter: ``m`` and ``v``, of the parameter's shape and dtype.
+
+    Args:
+        learning_rate (float or callable): The learning rate :math:`\lambda`.
+        betas (Tuple[float, float], optional): The coefficients
+            :math:`(\beta_1, \beta_2)` of the running averages of the gradient and
+            its square. Default: ``(0.9, 0.999)``
+        eps (float, optional): The term :math:`\epsilon` added to the denominator.
+            Default: ``1e-8``
+        bias_correction (bool, optional): If set to ``True``, bias correction is
+            applied. Default: ``False``
+
+    Raises:
+        ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
+    """
+
+    def _rule(self) -> FusedRule:
+        return self._adam_rule(weight_decay=0.0)
+
+    def _adam_rule(self, weight_decay: float) -> FusedRule:
+        beta1, beta2 = self.betas
+        return FusedRule(
+            "adam",
+            (
+                *(beta1, 1 - beta1),
+                *(beta2, 1 - beta2),
+                self.eps,
+                weight_decay,
+                self.bias_correction,
+            ),
+            ("m", "v"),
+        )
+
+
+class AdamW(Adam, stock.AdamW):
+    r"""The AdamW optimizer: Adam with decoupled weight decay.
+
+    .. math::
+
+        m_{t+1} &= \beta_1 m_t + (1 - \beta_1) g_t \\
+        v_{t+1} &= \beta_2 v_t + (1 - \beta_2) g_t^2 \\
+        w_{t+1} &= w_t - \alpha (\frac{m_{t+1}}{\sqrt{v_{t+1}} + \epsilon} + \lambda
+        w_t)
+
+    Bias correction is that of :class:`Adam`. Source: Loshchilov and Hutter, "Decoupled
+    weight decay regularization", ICLR 2019.
+
+    State of a parameter: ``m`` and ``v``, of the parameter's shape and dtype.
+
+    Args:
+        learning_rate (float or callable): The learning rate :math:`\alpha`.
+        betas (Tuple[float, float], optional): The coefficients
+            :math:`(\beta_1, \beta_2)` of the running averages of the gradient and
+            its square. Default: ``(0.9, 0.999)``
+        eps (float, optional): The term :math:`\epsilon` added to the denominator.
+            Default: ``1e-8``
+        weight_decay (float, optional): The weight decay :math:`\lambda`.
+            Default: ``0.01``
+        bias_correction (bool, optional): If set to ``True``, bias correction is
+            applied. Default: ``False``
+
+    Raises:
+        ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
+    """
+
+    def _rule(self) -> FusedRule:
+        return self._adam_rule(self.weight_decay)

@@ -1,0 +1,42 @@
+"""Lion."""
+
+import mlx.optimizers as stock
+
+from .base import FusedOptimizer, FusedRule
+
+
+class Lion(FusedOptimizer, stock.Lion):
+    r"""The Lion optimizer.
+
+    .. math::
+
+        c_{t + 1} &= \beta_1 m_t + (1 - \beta_1) g_t \\
+        m_{t + 1} &= \beta_2 m_t + (1 - \beta_2) g_t \\
+        w_{t + 1} &= w_t - \eta (\text{sign}(c_{t + 1}) + \lambda w_t)
+
+    Its updates have a larger norm than Adam's: a learning rate 3 to 10 times smaller,
+    with a weight decay larger by as much, is a good start. Source: Chen et al.,
+    "Symbolic discovery of optimization algorithms", arXiv:2302.06675.
+
+    State of a parameter: ``m``, of the parameter's shape and dtype.
+
+    Args:
+        learning_rate (float or callable): The learning rate :math:`\eta`.
+        betas (Tuple[float, float], optional): The coefficients
+            :math:`(\beta_1, \beta_2)` of the update direction and of the momentum.
+            Default: ``(0.9, 0.99)``
+        weight_decay (float, optional): The weight decay :math:`\lambda`; one that is
+            not positive is none. Default: ``0.0``
+
+    Raises:
+        ValueError: If a beta is not in [0, 1).
+    """
+
+    def _rule(self) -> FusedRule:
+        beta1, beta2 = self.betas
+        weight_decay = self.weight_decay if self.weight_decay > 0 else 0.0
+        return FusedRule(
+            "lion",
+            (*(beta1, 1 - beta1), *(beta2, 1 - beta2), weight_decay),
+            ("m",),
+        )
