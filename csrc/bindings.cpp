@@ -4,13 +4,48 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "check.h"
 #include "cpu/parallel.h"
 #include "ops.h"
+#include "primitives.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
-NB_MODULE(_ext, m) {
+namespace {
+
+// One warning for kernels that failed their check since the last call.
+void warn_of_failures() {
+  const auto failures = mlx_fused::take_failures();
+  if (failures.empty()) {
+    return;
+  }
+  const auto message =
+      "Metal kernels failed their check on this machine; plain MLX operations "
+      "are used in their place. Please report this, with the output of "
+      "`python -m mlx_fused_optimizers.selfcheck --json`, to the project's "
+      "issues.\n" +
+      failures;
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, message.c_str(), 1) < 0) {
+    throw nb::python_error();
+  }
+}
+
+std::vector<std::string> rule_names() {
+  std::vector<std::string> names;
+  for (const auto& rule : mlx_fused::rule_table) {
+    names.push_back(rule.name);
+  }
+  return names;
+}
+
+}  // namespace
+
+#ifndef MLX_FUSED_MODULE
+#define MLX_FUSED_MODULE _ext
+#endif
+
+NB_MODULE(MLX_FUSED_MODULE, m) {
   m.doc() = "Fused optimizer updates for MLX.";
   // mlx.core defines the type mx.array.
   nb::module_::import_("mlx.core");
@@ -23,9 +58,11 @@ NB_MODULE(_ext, m) {
          const std::vector<mlx_fused::Arrays>& states,
          const mlx::core::array& learning_rate, const mlx::core::array& step,
          const std::optional<mlx::core::array>& gradient_scale) {
-        return mlx_fused::fused_update(rule, hyperparameters, parameters,
-                                       gradients, states, learning_rate, step,
-                                       gradient_scale);
+        auto result = mlx_fused::fused_update(rule, hyperparameters, parameters,
+                                              gradients, states, learning_rate,
+                                              step, gradient_scale);
+        warn_of_failures();
+        return result;
       },
       "rule"_a, "hyperparameters"_a, "parameters"_a, "gradients"_a, "states"_a,
       "learning_rate"_a, "step"_a, "gradient_scale"_a = nb::none(),
@@ -33,16 +70,46 @@ NB_MODULE(_ext, m) {
   m.def(
       "global_norm",
       [](const mlx_fused::Arrays& arrays, const mlx::core::array& max_norm) {
-        return mlx_fused::global_norm(arrays, max_norm);
+        auto result = mlx_fused::global_norm(arrays, max_norm);
+        warn_of_failures();
+        return result;
       },
       "arrays"_a, "max_norm"_a,
       "The global L2 norm and min(max_norm / (norm + 1e-6), 1).");
   m.def(
       "scale",
       [](const mlx_fused::Arrays& arrays, const mlx::core::array& factor) {
-        return mlx_fused::scale(arrays, factor);
+        auto result = mlx_fused::scale(arrays, factor);
+        warn_of_failures();
+        return result;
       },
       "arrays"_a, "factor"_a, "The arrays times a scalar.");
+  m.def(
+      "check_update",
+      [](const std::string& rule, const mlx::core::array& parameter,
+         const mlx::core::array& gradient, const mlx::core::array& state) {
+        return mlx_fused::check_update(
+            mlx_fused::rule_named(rule), parameter.dtype(), gradient.dtype(),
+            state.dtype(),
+            mlx::core::default_stream(mlx::core::default_device()));
+      },
+      "rule"_a, "parameter"_a, "gradient"_a, "state"_a,
+      "What is wrong with the default device's kernel for arrays of these "
+      "dtypes, or None.");
+  m.def(
+      "check_norm",
+      [](const mlx::core::array& a) {
+        return mlx_fused::check_norm(
+            a.dtype(), mlx::core::default_stream(mlx::core::default_device()));
+      },
+      "array"_a,
+      "What is wrong with the default device's norm of arrays of this dtype, "
+      "or None.");
+  m.def("rule_names", &rule_names, "The rules that fused_update knows.");
+  m.def("reset_trust", &mlx_fused::reset_trust,
+        "Check every Metal kernel anew when it is next used.");
+  m.def("bytes_copied", &mlx_fused::bytes_copied,
+        "Bytes that could not be updated in place, since the process began.");
   m.def("num_threads", &mlx_fused::cpu::num_threads,
         "Threads that an update on the CPU uses.");
   m.def("set_num_threads", &mlx_fused::cpu::set_num_threads, "count"_a,

@@ -92,9 +92,9 @@ composed_update(Rule rule, std::vector<double> hyperparameters,
     for (int tensor = 0; tensor < layout.tensors; ++tensor) {
       const auto in = [&](int k) { return inputs[layout.input(tensor, k)]; };
       const auto scaled = [&](const mx::array& a) {
-        return layout.scaled ? mx::astype(a * inputs[layout.gradient_scale()],
-                                          a.dtype())
-                             : a;
+        return layout.scaled
+                   ? mx::astype(a * inputs[layout.gradient_scale()], a.dtype())
+                   : a;
       };
       Tensor updated;
       switch (rule) {

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "mlx/array.h"
-
 #include "primitives.h"
 
 namespace mlx_fused {

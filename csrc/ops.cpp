@@ -5,9 +5,10 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "mlx/ops.h"
-
+#include "check.h"
 #include "composed.h"
+#include "metal/backend.h"
+#include "mlx/ops.h"
 #include "primitives.h"
 
 namespace mlx_fused {
@@ -18,17 +19,9 @@ namespace {
 // as it is used, which is worth more than sharing a primitive.
 constexpr size_t large = 1 << 18;
 
-Rule rule_named(const std::string& name) {
-  std::ostringstream known;
-  for (size_t i = 0; i < std::size(rule_table); ++i) {
-    if (name == rule_table[i].name) {
-      return static_cast<Rule>(i);
-    }
-    known << (i ? ", " : "") << rule_table[i].name;
-  }
-  throw std::invalid_argument("[fused_update] rule is \"" + name +
-                              "\"; expected one of " + known.str() + ".");
-}
+// Large tensors a Metal launch: enough for few launches, few enough for
+// gradients to be freed soon.
+constexpr size_t large_group_size = 4;
 
 void check_length(const char* argument, size_t given, size_t expected) {
   if (given != expected) {
@@ -65,9 +58,9 @@ bool broadcasts_to(const mx::Shape& from, const mx::Shape& to) {
 
 // One parameter, its states and its gradient, as a kernel takes them.
 struct Tensor {
-  size_t index;      // in the caller's lists
-  Arrays in_place;   // parameter and states, in the dtypes of the result
-  Arrays gradient;   // none if the rule reads none
+  size_t index;     // in the caller's lists
+  Arrays in_place;  // parameter and states, in the dtypes of the result
+  Arrays gradient;  // none if the rule reads none
 };
 
 // What a kernel is compiled for. Arrays of one launch share it.
@@ -120,6 +113,18 @@ bool prepare(Tensor& tensor, mx::StreamOrDevice s) {
 
 }  // namespace
 
+Rule rule_named(const std::string& name) {
+  std::ostringstream known;
+  for (size_t i = 0; i < std::size(rule_table); ++i) {
+    if (name == rule_table[i].name) {
+      return static_cast<Rule>(i);
+    }
+    known << (i ? ", " : "") << rule_table[i].name;
+  }
+  throw std::invalid_argument("[fused_update] rule is \"" + name +
+                              "\"; expected one of " + known.str() + ".");
+}
+
 bool has_kernels(mx::Dtype dtype) {
   return dtype == mx::float32 || dtype == mx::float16 || dtype == mx::bfloat16;
 }
@@ -168,12 +173,12 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     }
     inputs.insert(inputs.end(), tail.begin(), tail.end());
     const auto outputs =
-        fused ? mx::array::make_arrays(
-                    std::move(shapes), types,
-                    std::make_shared<FusedUpdate>(stream, rule, hyperparameters,
-                                                  layout),
-                    inputs)
-              : composed_update(rule, hyperparameters, layout, stream)(inputs);
+        fused
+            ? mx::array::make_arrays(std::move(shapes), types,
+                                     std::make_shared<FusedUpdate>(
+                                         stream, rule, hyperparameters, layout),
+                                     inputs)
+            : composed_update(rule, hyperparameters, layout, stream)(inputs);
     for (size_t i = 0; i < group.size(); ++i) {
       const auto index = group[i].index;
       new_parameters[index] = outputs[layout.output(i, 0)];
@@ -186,8 +191,8 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
   // Groups are filled in the tree's order, so that their gradients become ready
   // at about the same time. A launch costs more on a GPU than a primitive does
   // on the CPU: there even large tensors share one.
-  const size_t full =
-      stream.device == mx::Device::gpu ? max_group_size / 2 : 1;
+  const bool metal = runs_metal(stream);
+  const size_t full = metal ? large_group_size : 1;
   std::map<Dtypes, std::vector<Tensor>> small_groups, large_groups;
   for (size_t i = 0; i < count; ++i) {
     Tensor tensor{i, {parameters[i]}, {}};
@@ -198,7 +203,15 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
       tensor.gradient.push_back(gradients[i]);
     }
     Tensor original = tensor;
-    if (!prepare(tensor, s)) {
+    const auto trusted = [&] {
+      const auto parameter = tensor.in_place[0].dtype();
+      return !metal ||
+             is_trusted(rule, parameter,
+                        rule_traits.reads_gradient ? tensor.gradient[0].dtype()
+                                                   : parameter,
+                        tensor.in_place.back().dtype(), stream);
+    };
+    if (!prepare(tensor, s) || !trusted()) {
       run({std::move(original)}, /*fused=*/false);
       continue;
     }
@@ -233,9 +246,17 @@ std::pair<mx::array, mx::array> global_norm(const Arrays& arrays,
     }
   }
   inputs.push_back(scalar("max_norm", max_norm, mx::float32, s));
-  auto outputs = mx::array::make_arrays(
-      {{}, {}}, {mx::float32, mx::float32},
-      std::make_shared<GlobalNorm>(mx::to_stream(s)), inputs);
+  const auto stream = mx::to_stream(s);
+  bool trusted = true;
+  for (const auto& a : arrays) {
+    trusted =
+        trusted && (!runs_metal(stream) || is_trusted_norm(a.dtype(), stream));
+  }
+  const auto outputs =
+      trusted
+          ? mx::array::make_arrays({{}, {}}, {mx::float32, mx::float32},
+                                   std::make_shared<GlobalNorm>(stream), inputs)
+          : composed_norm(stream)(inputs);
   return {outputs[0], outputs[1]};
 }
 

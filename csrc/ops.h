@@ -8,6 +8,7 @@
 
 #include "mlx/array.h"
 #include "mlx/utils.h"
+#include "rules.h"
 
 namespace mlx_fused {
 
@@ -36,6 +37,9 @@ std::pair<mx::array, mx::array> global_norm(const Arrays& arrays,
 // holds them, in their own memory.
 Arrays scale(const Arrays& arrays, const mx::array& factor,
              mx::StreamOrDevice s = {});
+
+// The rule of that name; throws std::invalid_argument with the known ones.
+Rule rule_named(const std::string& name);
 
 // True for the dtypes that kernels load and store.
 bool has_kernels(mx::Dtype dtype);

@@ -1,21 +1,40 @@
 #include "primitives.h"
 
+#include <atomic>
+
+#include "composed.h"
 #include "mlx/allocator.h"
 #include "mlx/transforms.h"
 #include "mlx/utils.h"
-
-#include "composed.h"
 
 namespace mlx_fused {
 
 namespace {
 
-using Function = std::function<std::vector<mx::array>(
-    const std::vector<mx::array>&)>;
+using Function =
+    std::function<std::vector<mx::array>(const std::vector<mx::array>&)>;
 
 // MLX's own limit (mlx/backend/common/utils.h): a small view must not keep a
 // large buffer alive for as long as the model lives.
 constexpr size_t donation_slack = 16384;
+
+// Bytes from which waiting is cheaper than a copy.
+constexpr size_t worth_waiting = 1 << 16;
+
+std::atomic<size_t> copied = 0;
+
+// Bytes of the inputs whose memory is shared, perhaps only with work under way.
+size_t shared_bytes(const std::vector<mx::array>& inputs,
+                    const GroupLayout& layout) {
+  size_t bytes = 0;
+  for (int tensor = 0; tensor < layout.tensors; ++tensor) {
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      const auto& in = inputs[layout.input(tensor, k)];
+      bytes += in.data_shared_ptr().use_count() > 1 ? in.nbytes() : 0;
+    }
+  }
+  return bytes;
+}
 
 bool can_donate(const mx::array& in, const mx::array& out) {
   return in.flags().row_contiguous && in.is_donatable() &&
@@ -75,7 +94,11 @@ std::pair<std::vector<mx::array>, std::vector<int>> vmap_of(
 void place_outputs(
     const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
     const GroupLayout& layout,
-    const std::function<void(const mx::array&, mx::array&)>& copy) {
+    const std::function<void(const mx::array&, mx::array&)>& copy,
+    const std::function<void()>& wait) {
+  if (wait && shared_bytes(inputs, layout) >= worth_waiting) {
+    wait();
+  }
   // Each output of a primitive holds the list of inputs, so none of them would
   // ever be donatable. The other outputs can let go of theirs: the graph is
   // walked only through the one under evaluation. Tracers are walked again.
@@ -114,10 +137,13 @@ void place_outputs(
   }
   for (auto [in, out] : copies) {
     if (outputs[out].size() > 0) {
+      copied += outputs[out].nbytes();
       copy(inputs[in], outputs[out]);
     }
   }
 }
+
+size_t bytes_copied() { return copied; }
 
 Walk collapse(const mx::array& a) {
   Walk walk;

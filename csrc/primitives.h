@@ -9,7 +9,6 @@
 
 #include "mlx/array.h"
 #include "mlx/primitives.h"
-
 #include "rules.h"
 
 namespace mlx_fused {
@@ -101,12 +100,18 @@ class GlobalNorm : public mx::Primitive {
 // Gives each output of a group the memory that it is updated in. That is the
 // matching input's own memory when nothing else holds it; otherwise new memory,
 // and copy(input, output) is called to fill it (output is row-contiguous).
+// Earlier work that is still under way holds what it reads: wait(), if given,
+// returns when that is done, and is called when enough depends on it.
 // Nothing may throw once copies or updates are on their way, so every
 // allocation is made before the first call of copy.
 void place_outputs(
     const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
     const GroupLayout& layout,
-    const std::function<void(const mx::array&, mx::array&)>& copy);
+    const std::function<void(const mx::array&, mx::array&)>& copy,
+    const std::function<void()>& wait = nullptr);
+
+// Bytes that place_outputs could not update in place, since the process began.
+size_t bytes_copied();
 
 // An array's strides with the dimensions that can be walked as one merged and
 // those of size 1 left out: at least one dimension, outermost first.

@@ -24,12 +24,9 @@ inline float sqrt(float x) { return __builtin_sqrtf(x); }
 }  // namespace
 
 // One line a rule: its type in update_rules.h and its name in Python.
-#define MLX_FUSED_FOR_EACH_RULE(apply) \
-  apply(SGD, "sgd")                    \
-  apply(Momentum, "momentum")          \
-  apply(Adam, "adam")                  \
-  apply(Lion, "lion")                  \
-  apply(Scale, "scale")
+#define MLX_FUSED_FOR_EACH_RULE(apply)                              \
+  apply(SGD, "sgd") apply(Momentum, "momentum") apply(Adam, "adam") \
+      apply(Lion, "lion") apply(Scale, "scale")
 
 enum class Rule {
 #define MLX_FUSED_RULE(type, name) type,
@@ -38,9 +35,9 @@ enum class Rule {
 };
 
 struct RuleTraits {
-  const char* name;       // in Python
-  const char* type;       // in update_rules.h
-  int states;             // arrays of state a parameter
+  const char* name;  // in Python
+  const char* type;  // in update_rules.h
+  int states;        // arrays of state a parameter
   bool reads_gradient;
   int hyperparameters;
 };

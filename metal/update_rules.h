@@ -87,9 +87,9 @@ struct Adam {
   float beta2;
   float one_minus_beta2;
   float eps;
-  float retained;            // what decay leaves of p: 1 - learning_rate * weight_decay
-  float step_size;           // learning_rate / (1 - beta1^step)
-  float denominator_scale;   // 1 / sqrt(1 - beta2^step)
+  float retained;   // what decay leaves of p: 1 - learning_rate * weight_decay
+  float step_size;  // learning_rate / (1 - beta1^step)
+  float denominator_scale;  // 1 / sqrt(1 - beta2^step)
 
   static Adam prepare(constant float* h, float learning_rate, float step) {
     Adam rule;

@@ -4,11 +4,10 @@
 #include <cstring>
 #include <vector>
 
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-
 #include "../primitives.h"
 #include "loops.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
 #include "parallel.h"
 
 namespace mlx_fused {
@@ -144,10 +143,10 @@ void copy_to(const mx::array& in, mx::array& out, mx::Stream stream) {
 
 void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
                            std::vector<mx::array>& outputs) {
-  place_outputs(inputs, outputs, layout_,
-                [&](const mx::array& in, mx::array& out) {
-                  copy_to(in, out, stream());
-                });
+  place_outputs(
+      inputs, outputs, layout_,
+      [&](const mx::array& in, mx::array& out) { copy_to(in, out, stream()); },
+      [&] { mx::synchronize(stream()); });
 
   std::vector<View> in_place(outputs.begin(), outputs.end());
   std::vector<View> gradients;
@@ -160,9 +159,8 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
   }
   const auto* learning_rate = inputs[layout_.learning_rate()].data<float>();
   const auto* step = inputs[layout_.step()].data<uint64_t>();
-  const auto* scale = layout_.scaled
-                          ? inputs[layout_.gradient_scale()].data<float>()
-                          : nullptr;
+  const auto* scale =
+      layout_.scaled ? inputs[layout_.gradient_scale()].data<float>() : nullptr;
 
   mx::cpu::get_command_encoder(stream()).dispatch(
       [=, rule = rule_, layout = layout_, h = float_hyperparameters(),

@@ -55,9 +55,10 @@ void update(Rule rule, const float* h, float learning_rate, float step,
             float gradient_scale, float* p, const float* g, float* s0,
             float* s1, size_t n) {
   switch (rule) {
-#define MLX_FUSED_RULE(type, name)                                           \
-  case Rule::type:                                                           \
-    update_with<type>(h, learning_rate, step, gradient_scale, p, g, s0, s1, n); \
+#define MLX_FUSED_RULE(type, name)                                          \
+  case Rule::type:                                                          \
+    update_with<type>(h, learning_rate, step, gradient_scale, p, g, s0, s1, \
+                      n);                                                   \
     break;
     MLX_FUSED_FOR_EACH_RULE(MLX_FUSED_RULE)
 #undef MLX_FUSED_RULE
@@ -97,9 +98,8 @@ float from_float16(uint16_t half) {
   // Exponent and mantissa moved into place, then the exponent's bias mended by
   // a multiplication, which also makes subnormal numbers normal.
   const float finite = as_float(magnitude << 13) * as_float(0x77800000u);
-  const uint32_t bits = magnitude >= 0x7c00u
-                            ? 0x7f800000u | (magnitude << 13)
-                            : as_bits(finite);
+  const uint32_t bits =
+      magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : as_bits(finite);
   return as_float(bits | (static_cast<uint32_t>(half & 0x8000u) << 16));
 }
 
@@ -144,8 +144,8 @@ void store_float16(const float* in, uint16_t* out, size_t n) {
   size_t i = 0;
 #if defined(__AVX512F__)
   for (; i + 16 <= n; i += 16) {
-    const auto half = _mm512_cvtps_ph(_mm512_loadu_ps(in + i),
-                                      _MM_FROUND_TO_NEAREST_INT);
+    const auto half =
+        _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), half);
   }
 #elif defined(__F16C__)

@@ -25,10 +25,9 @@ from mlx.optimizers import (  # noqa: E402
     step_decay,
 )
 
+from ._version import __version__  # noqa: E402
 from .clipping import clip_grad_norm  # noqa: E402
 from .optimizers import SGD, Adam, AdamW, Lion, Optimizer  # noqa: E402
-
-__version__ = "0.1.0"
 
 __all__ = [
     "SGD",
@@ -43,6 +42,7 @@ __all__ = [
     "Muon",
     "Optimizer",
     "RMSprop",
+    "__version__",
     "clip_grad_norm",
     "cosine_decay",
     "exponential_decay",

@@ -115,7 +115,8 @@ class FusedOptimizer(Optimizer):
         Returns:
             array: The updated parameter.
         """
-        return self._apply_fused([gradient], [parameter], [state])[0]
+        updated: mx.array = self._apply_fused([gradient], [parameter], [state])[0]
+        return updated
 
     def _apply_leaves(
         self, gradients: list[Any], parameters: list[Any], states: list[Any]

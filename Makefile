@@ -1,0 +1,63 @@
+# make demo    train on real data with the fused optimizers, beside mlx.optimizers
+# make test    run the tests on every backend that is here
+# make lint    ruff, mypy and clang-format
+# make clean   remove what the other targets made
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+
+sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
+  $(shell find csrc metal python -type f -not -path '*/__pycache__/*')
+simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
+cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
+
+.PHONY: demo test simulator lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/package $(STAMPS)/examples
+	$(BIN)/python examples/train_digits.py
+
+test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples simulator
+	$(BIN)/python -m pytest
+
+simulator: $(STAMPS)/simulator
+
+lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(cpp_sources)
+
+format: $(STAMPS)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(cpp_sources)
+
+clean:
+	rm -rf $(VENV) build dist
+
+# The build's own requirements, read from where pip would, and CMake and Ninja
+# where the machine has none. Installed once: an isolated build would fetch them
+# and compile everything anew each time.
+$(STAMPS)/build: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' 'tomli; python_version < "3.11"'
+	$(BIN)/python cmake/build_requirements.py | xargs -d '\n' $(BIN)/python -m pip install --quiet
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/package: $(STAMPS)/build $(sources)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+$(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/simulator -G Ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMLX_FUSED_SIMULATOR=ON > build/simulator.log
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/simulator --target _ext_simulated >> build/simulator.log
+	touch $@
+
+# The extras of pyproject.toml, without building the package again.
+$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lint: $(STAMPS)/build
+	$(BIN)/python cmake/build_requirements.py $(@F) | xargs -d '\n' $(BIN)/python -m pip install --quiet
+	touch $@

@@ -1,0 +1,9 @@
+#include "backend.h"
+
+namespace mlx_fused {
+
+bool runs_metal(const mlx::core::Stream& stream) {
+  return stream.device == mlx::core::Device::gpu;
+}
+
+}  // namespace mlx_fused

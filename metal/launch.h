@@ -1,0 +1,38 @@
+// What a launch tells its kernel about the tensors it serves, and how threads
+// divide them. MSL and C++ both compile this file.
+
+// A tile is what one threadgroup does: so many threads, each with so many
+// elements, of which it takes four neighbours at a time.
+static constexpr constant int tile_threads = 256;
+static constexpr constant int vector_size = 4;
+static constexpr constant int vectors_each = 4;
+static constexpr constant int tile_size =
+    tile_threads * vector_size * vectors_each;
+
+struct LaunchTensor {
+  int64_t size;         // elements
+  uint32_t first_tile;  // the number, in the launch, of its first tile
+  uint32_t vectorized;  // 1 if all its arrays are aligned to four elements
+  uint32_t dimensions;  // of its gradient's walk; 0 if that is row-contiguous
+  uint32_t walk;        // where that walk stands: the sizes, then the strides
+};
+
+// The first of a thread's four neighbours, as an index into the tensor. A
+// tensor may hold more than 2^32 elements.
+inline int64_t vector_start(uint32_t tile, uint32_t first_tile,
+                            uint32_t thread_index, int vector) {
+  return int64_t(tile - first_tile) * tile_size +
+         int64_t(vector) * (tile_threads * vector_size) +
+         int64_t(thread_index) * vector_size;
+}
+
+// Where the element with this row-major index is, in elements.
+inline int64_t locate(int64_t index, constant int64_t* walk,
+                      uint32_t dimensions) {
+  int64_t location = 0;
+  for (int d = int(dimensions) - 1; d >= 0; --d) {
+    location += (index % walk[d]) * walk[int(dimensions) + d];
+    index /= walk[d];
+  }
+  return location;
+}

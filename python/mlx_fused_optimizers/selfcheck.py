@@ -1,0 +1,111 @@
+"""Check every kernel on this machine: ``python -m mlx_fused_optimizers.selfcheck``.
+
+Runs each rule for each combination of dtypes that an optimizer meets, on every
+device that is here, and compares the results with those of plain MLX operations in
+float32. Exit code 1 if any kernel cannot be built or disagrees.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from . import __version__, _ext
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+# Parameter, gradient, state: one dtype throughout, and the mixtures of training in
+# half precision with float32 gradients, moments or parameters.
+MIXTURES = [
+    *[(name, name, name) for name in DTYPES],
+    *[(half, half, "float32") for half in ("float16", "bfloat16")],
+    *[("float32", half, "float32") for half in ("float16", "bfloat16")],
+]
+
+
+class Result(NamedTuple):
+    """The check of one kernel."""
+
+    device: str
+    kernel: str
+    parameter: str
+    gradient: str
+    state: str
+    failure: str | None
+
+
+def check_all() -> Iterator[Result]:
+    """Check every kernel on every device; the default device is left as it was."""
+    default = mx.default_device()
+    devices = {"cpu": mx.cpu}
+    if mx.metal.is_available():
+        devices["gpu"] = mx.gpu
+    try:
+        for name, device in devices.items():
+            mx.set_default_device(device)
+            yield from _check_device(name)
+    finally:
+        mx.set_default_device(default)
+
+
+def _check_device(device: str) -> Iterator[Result]:
+    arrays = {name: mx.zeros((1,), dtype) for name, dtype in DTYPES.items()}
+    for rule in _ext.rule_names():
+        for mixture in MIXTURES:
+            failure = _ext.check_update(rule, *[arrays[dtype] for dtype in mixture])
+            yield Result(device, rule, *mixture, failure)
+    for dtype, array in arrays.items():
+        yield Result(device, "norm", "", dtype, "", _ext.check_norm(array))
+
+
+def machine() -> dict[str, str]:
+    """What a report of a failure needs to say."""
+    description = {
+        "mlx_fused_optimizers": __version__,
+        "mlx": metadata.version("mlx"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    if mx.metal.is_available():
+        description["gpu"] = str(mx.device_info()["device_name"])
+    return description
+
+
+def main() -> int:
+    """Run the checks; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_fused_optimizers.selfcheck",
+        description="Check every fused kernel against plain MLX operations.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    as_json = parser.parse_args().json
+
+    results = []
+    row = "{:<6} {:<10} {:<10} {:<10} {:<10} {}"
+    if not as_json:
+        print(
+            row.format("device", "kernel", "parameter", "gradient", "state", "result")
+        )
+    for result in check_all():
+        results.append(result)
+        if not as_json:
+            print(row.format(*result[:-1], result.failure or "ok"), flush=True)
+    failed = [result for result in results if result.failure]
+    if as_json:
+        report = {"machine": machine(), "results": [r._asdict() for r in results]}
+        print(json.dumps(report, indent=2))
+        return 1 if failed else 0
+    if not mx.metal.is_available():
+        print("Metal is not available on this machine: only the CPU was checked.")
+    print(f"{len(results) - len(failed)} of {len(results)} kernels agree.")
+    if failed:
+        print("Please report this with the output of --json to the project's issues.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

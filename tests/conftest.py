@@ -1,0 +1,36 @@
+"""The backend fixture: every test that asks for it runs on each backend that is here."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+from mlx_fused_optimizers import clipping
+from mlx_fused_optimizers.optimizers import base
+from support import simulated_extension
+
+SIMULATOR = "metal-simulator"
+# Those that are here; `make test` builds the simulator.
+BACKENDS = ["cpu"]
+if simulated_extension() is not None:
+    BACKENDS.append(SIMULATOR)
+if mx.metal.is_available():
+    BACKENDS.append("gpu")
+
+
+def pytest_report_header() -> str:
+    return f"backends: {', '.join(BACKENDS)}"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """The name of a backend, which the package uses while the test runs."""
+    name: str = request.param
+    device = mx.default_device()
+    mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
+    if name == SIMULATOR:
+        monkeypatch.setattr(base, "_ext", simulated_extension())
+        monkeypatch.setattr(clipping, "_ext", simulated_extension())
+    yield name
+    mx.set_default_device(device)

@@ -1,0 +1,19 @@
+// In the simulated extension the Metal code runs wherever the CPU's would.
+#include "../../csrc/metal/backend.h"
+#include "../../csrc/primitives.h"
+
+namespace mlx_fused {
+
+bool runs_metal(const mx::Stream&) { return true; }
+
+void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
+                           std::vector<mx::array>& outputs) {
+  eval_gpu(inputs, outputs);
+}
+
+void GlobalNorm::eval_cpu(const std::vector<mx::array>& inputs,
+                          std::vector<mx::array>& outputs) {
+  eval_gpu(inputs, outputs);
+}
+
+}  // namespace mlx_fused

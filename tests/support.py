@@ -1,0 +1,162 @@
+"""What several test files use: random trees, layouts, comparisons."""
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+# Each optimizer with the options that change its arithmetic.
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {}),
+    ("SGD", {"weight_decay": 0.1}),
+    ("SGD", {"momentum": 0.9}),
+    ("SGD", {"momentum": 0.9, "dampening": 0.4, "weight_decay": 0.1}),
+    ("SGD", {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01}),
+    ("Adam", {}),
+    ("Adam", {"betas": (0.8, 0.95), "eps": 1e-6, "bias_correction": True}),
+    ("AdamW", {}),
+    ("AdamW", {"weight_decay": 0.3, "bias_correction": True}),
+    ("Lion", {}),
+    ("Lion", {"betas": (0.95, 0.98), "weight_decay": 0.1}),
+]
+OPTIMIZER_IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIMIZERS]
+
+
+@cache
+def simulated_extension() -> ModuleType | None:
+    """The extension built over the Metal simulator, or None where it is not built."""
+    return None
+
+
+def random_array(
+    rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype
+) -> mx.array:
+    return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def _transposed(x: mx.array) -> mx.array:
+    return mx.contiguous(x.T).T
+
+
+def _strided(x: mx.array) -> mx.array:
+    # Every second element of a larger array, walked backwards along the last axis.
+    if x.ndim == 0:
+        return x
+    repeated = mx.contiguous(mx.repeat(x[..., ::-1], 2, axis=-1))
+    return repeated[..., ::-2]
+
+
+def _broadcast(x: mx.array) -> mx.array:
+    if x.ndim == 0 or x.size == 0:
+        return x
+    return mx.broadcast_to(x[:1], x.shape)
+
+
+def _offset(x: mx.array) -> mx.array:
+    # Contiguous, but not at the start of its buffer.
+    flat = mx.concatenate([mx.zeros((3,), x.dtype), x.reshape(-1)])
+    return flat[3:].reshape(x.shape)
+
+
+LAYOUTS: dict[str, Callable[[mx.array], mx.array]] = {
+    "contiguous": lambda x: x,
+    "transposed": _transposed,
+    "strided": _strided,
+    "broadcast": _broadcast,
+    "offset": _offset,
+}
+
+shapes = st.one_of(
+    st.just(()),
+    st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple),
+    st.tuples(st.integers(1, 3000)),
+)
+
+
+def trees(max_leaves: int = 10) -> st.SearchStrategy[Any]:
+    """Parameter trees of nested dicts, lists and tuples whose leaves are shapes."""
+    keys = st.text("abcdefg", min_size=1, max_size=3)
+    node = st.recursive(
+        shapes.map(Shape),
+        lambda child: st.one_of(
+            st.dictionaries(keys, child, min_size=1, max_size=5),
+            st.lists(child, min_size=1, max_size=4),
+            st.lists(child, min_size=1, max_size=3).map(tuple),
+        ),
+        max_leaves=max_leaves,
+    )
+    return st.dictionaries(keys, node, min_size=1, max_size=5)
+
+
+class Shape:
+    """A leaf: a tuple alone would be taken for a node of the tree."""
+
+    def __init__(self, dimensions: tuple[int, ...]) -> None:
+        self.dimensions = dimensions
+
+    def __repr__(self) -> str:
+        return f"Shape{self.dimensions}"
+
+
+def fill(
+    tree: Any, rng: np.random.Generator, dtype: mx.Dtype, layout: str = "contiguous"
+) -> Any:
+    """Random arrays in place of shapes, or of arrays."""
+
+    def leaf(like: Any) -> mx.array:
+        shape = like.dimensions if isinstance(like, Shape) else like.shape
+        return LAYOUTS[layout](random_array(rng, shape, dtype))
+
+    return tree_map(leaf, tree)
+
+
+def copy_tree(tree: Any) -> Any:
+    """The same values in memory of their own."""
+    copied = tree_map(lambda x: mx.array(np.array(x)) if is_numpy(x) else x + 0, tree)
+    mx.eval(copied)
+    return copied
+
+
+def is_numpy(x: mx.array) -> bool:
+    """Whether NumPy has this dtype (it has no bfloat16)."""
+    return x.dtype != mx.bfloat16
+
+
+def to_numpy(x: mx.array) -> npt.NDArray[Any]:
+    return np.array(x if is_numpy(x) else x.astype(mx.float32))
+
+
+def leaves_of(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree by their paths."""
+    flat: list[tuple[str, mx.array]] = tree_flatten(tree)  # type: ignore[assignment]
+    return dict(flat)
+
+
+def snapshot(tree: Any) -> dict[str, bytes]:
+    """Every leaf's dtype, shape and bits, by its path."""
+    return {
+        path: f"{x.dtype}{x.shape}".encode() + to_numpy(x).tobytes()
+        for path, x in leaves_of(tree).items()
+    }
+
+
+def assert_trees_match(
+    actual: Any, expected: Any, relative: float, absolute: float = 0.0
+) -> None:
+    """Same paths, dtypes and shapes; values within the tolerance."""
+    flat, wanted = leaves_of(actual), leaves_of(expected)
+    assert flat.keys() == wanted.keys()
+    for path, x in flat.items():
+        y = wanted[path]
+        assert (x.dtype, x.shape) == (y.dtype, y.shape), path
+        np.testing.assert_allclose(
+            to_numpy(x), to_numpy(y), rtol=relative, atol=absolute, err_msg=path
+        )

@@ -1,0 +1,127 @@
+"""The CPU's loops: every instruction set and any number of threads, the same bits."""
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx_fused_optimizers as optim
+import numpy as np
+import pytest
+from mlx_fused_optimizers import _ext
+from support import FLOATS, random_array, snapshot
+
+DIGEST = """
+import hashlib, sys
+import mlx.core as mx, numpy as np
+import mlx_fused_optimizers as optim
+
+mx.set_default_device(mx.cpu)
+digest = hashlib.sha256()
+rng = np.random.default_rng(0)
+for dtype in (mx.float32, mx.float16, mx.bfloat16):
+    draw = lambda: mx.array(rng.standard_normal(70001).astype(np.float32)).astype(dtype)
+    for make in (optim.AdamW, optim.Lion, lambda lr: optim.SGD(lr, momentum=0.9)):
+        parameters, optimizer = {"w": draw()}, make(1e-2)
+        for _ in range(3):
+            gradients, norm = optim.clip_grad_norm({"w": draw()}, 100.0)
+            parameters = optimizer.apply_gradients(gradients, parameters)
+            digest.update(np.array(norm.astype(mx.float32)).tobytes())
+        digest.update(np.array(parameters["w"].astype(mx.float32)).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def digest(**environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", DIGEST],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_instruction_sets_give_the_same_bits() -> None:
+    fastest = digest()
+    for name in ("default", "v3", "v4"):
+        assert digest(MLX_FUSED_INSTRUCTION_SET=name) == fastest
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    threads = _ext.num_threads()
+    rng = np.random.default_rng(0)
+    values = [random_array(rng, shape, mx.float32) for shape in [(700, 300), (131,)]]
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            _ext.set_num_threads(count)
+            assert _ext.num_threads() == count
+            optimizer = optim.AdamW(1e-2, bias_correction=True)
+            clipped, norm = optim.clip_grad_norm({"w": values}, 1.0)
+            updated = optimizer.apply_gradients(clipped, {"w": values})
+            results.append(snapshot([updated, norm, optimizer.state]))
+    finally:
+        _ext.set_num_threads(threads)
+    assert all(result == results[0] for result in results)
+    with pytest.raises(ValueError, match="count is 0; expected at least 1"):
+        _ext.set_num_threads(0)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("instruction_set", ["", "default"])
+def test_every_half_precision_number_loads_and_stores(
+    dtype: mx.Dtype, instruction_set: str
+) -> None:
+    """Subnormal numbers, infinities and NaN included."""
+    name = str(dtype).replace("mlx.core", "mx")
+    program = f"""
+import mlx.core as mx, numpy as np
+from mlx_fused_optimizers import _ext
+mx.set_default_device(mx.cpu)
+every = mx.array(np.arange(1 << 16, dtype=np.uint16)).view({name})
+same, = _ext.scale([every], mx.array(1.0))
+given, result = (np.array(x.astype(mx.float32)) for x in (every, same))
+nan = np.isnan(given)
+assert nan.any() and np.isnan(result[nan]).all()
+kept = np.array(same.view(mx.uint16))[~nan]
+assert (kept == np.arange(1 << 16)[~nan]).all()
+# Rounding: halfway between neighbours and beside it, as MLX rounds.
+wide = given[np.isfinite(given)]
+between = np.concatenate([
+    (wide[:-1] + wide[1:]) / 2, np.nextafter(wide, np.float32(np.inf)),
+    np.array([65519.9, 65520, 1e-8, 3e-8, 1e30, -1e30], np.float32)])
+zeros = mx.zeros(between.shape, {name})
+(updated,), _ = _ext.fused_update(
+    "sgd", [0.0], [zeros], [mx.array(-between).astype(mx.float32).astype({name})], [],
+    mx.array(1.0), mx.array(0))
+expected = mx.array(between).astype({name})
+magnitude = lambda x: x.view(mx.uint16) & 0x7fff  # 0 - -0 is 0
+assert mx.array_equal(magnitude(updated), magnitude(expected))
+"""
+    subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MLX_FUSED_INSTRUCTION_SET": instruction_set},
+        check=True,
+    )
+
+
+def test_refused_arguments_name_what_was_given() -> None:
+    one, zero = mx.array(1.0), mx.array(0)
+    with pytest.raises(ValueError, match='rule is "adamx"; expected one of sgd, '):
+        _ext.fused_update("adamx", [], [], [], [], one, zero)
+    with pytest.raises(ValueError, match="hyperparameters has 2 entries; expected 1"):
+        _ext.fused_update("sgd", [0.0, 1.0], [], [], [], one, zero)
+    with pytest.raises(ValueError, match="gradients has 0 entries; expected 1"):
+        _ext.fused_update("sgd", [0.0], [one], [], [], one, zero)
+    with pytest.raises(ValueError, match="states has 0 entries; expected 2"):
+        _ext.fused_update("adam", [0.0] * 7, [one], [one], [], one, zero)
+    with pytest.raises(ValueError, match=r"step has shape \(2\); expected a scalar"):
+        _ext.fused_update("sgd", [0.0], [one], [one], [], one, mx.array([1, 2]))
+    with pytest.raises(ValueError, match="dtype int32; expected float32, float16"):
+        _ext.global_norm([mx.array([1])], one)
+
+
+def test_float_dtypes_are_those_with_kernels() -> None:
+    for dtype in FLOATS:
+        _ext.global_norm([mx.zeros((2,), dtype)], mx.array(1.0))
