@@ -1,5 +1,7 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
 # make test    run the tests on every backend that is here
+# make metal-check  simulate the Metal kernels and cross-compile for macOS
+# make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
 # make lint    ruff, mypy and clang-format
 # make clean   remove what the other targets made
 
@@ -13,7 +15,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator lint format clean
+.PHONY: demo test simulator metal-check metal-cost lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -24,7 +26,13 @@ test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples simulator
 
 simulator: $(STAMPS)/simulator
 
-lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lint
+metal-check: $(STAMPS)/package $(STAMPS)/test simulator
+	$(BIN)/python tests/metal_check.py
+
+metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
+	$(BIN)/python -m bench.metal_cost
+
+lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -43,7 +51,7 @@ clean:
 # and compile everything anew each time.
 $(STAMPS)/build: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1' 'tomli; python_version < "3.11"'
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python cmake/build_requirements.py | xargs -d '\n' $(BIN)/python -m pip install --quiet
 	mkdir -p $(STAMPS) && touch $@
 
@@ -54,10 +62,10 @@ $(STAMPS)/package: $(STAMPS)/build $(sources)
 $(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/simulator -G Ninja \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMLX_FUSED_SIMULATOR=ON > build/simulator.log
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/simulator --target _ext_simulated >> build/simulator.log
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/simulator >> build/simulator.log
 	touch $@
 
 # The extras of pyproject.toml, without building the package again.
-$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lint: $(STAMPS)/build
+$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint: $(STAMPS)/build
 	$(BIN)/python cmake/build_requirements.py $(@F) | xargs -d '\n' $(BIN)/python -m pip install --quiet
 	touch $@

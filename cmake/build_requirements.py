@@ -10,7 +10,7 @@ from pathlib import Path
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    from pip._vendor import tomli as tomllib  # a package of its own until 3.11
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
 if len(sys.argv) > 1:

@@ -1,17 +1,18 @@
-"""The backend fixture: every test that asks for it runs on each backend that is here."""
+"""The backend fixture: tests that ask for it run on each backend that is here."""
 
 from collections.abc import Iterator
 
+import metal_simulator
 import mlx.core as mx
 import pytest
+from metal_simulator.extension import extension
 from mlx_fused_optimizers import clipping
 from mlx_fused_optimizers.optimizers import base
-from support import simulated_extension
 
 SIMULATOR = "metal-simulator"
 # Those that are here; `make test` builds the simulator.
 BACKENDS = ["cpu"]
-if simulated_extension() is not None:
+if extension() is not None:
     BACKENDS.append(SIMULATOR)
 if mx.metal.is_available():
     BACKENDS.append("gpu")
@@ -30,7 +31,10 @@ def backend(
     device = mx.default_device()
     mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
     if name == SIMULATOR:
-        monkeypatch.setattr(base, "_ext", simulated_extension())
-        monkeypatch.setattr(clipping, "_ext", simulated_extension())
+        monkeypatch.setattr(base, "_ext", extension())
+        monkeypatch.setattr(clipping, "_ext", extension())
     yield name
+    if name == SIMULATOR:
+        mx.synchronize()
+        assert metal_simulator.take_errors() == []
     mx.set_default_device(device)

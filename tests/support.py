@@ -1,8 +1,6 @@
 """What several test files use: random trees, layouts, comparisons."""
 
 from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -28,12 +26,6 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("Lion", {"betas": (0.95, 0.98), "weight_decay": 0.1}),
 ]
 OPTIMIZER_IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIMIZERS]
-
-
-@cache
-def simulated_extension() -> ModuleType | None:
-    """The extension built over the Metal simulator, or None where it is not built."""
-    return None
 
 
 def random_array(

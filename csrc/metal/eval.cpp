@@ -15,8 +15,6 @@ namespace mlx_fused {
 
 namespace {
 
-namespace metal = mx::metal;
-
 // Tensors that a launch of the first stage of the norm takes.
 constexpr size_t max_norm_group_size = 24;
 // Threads of the second stage's only threadgroup.
@@ -51,7 +49,7 @@ MTL::ComputePipelineState* pipeline(mx::Stream stream,
            "\")]] [[kernel]] decltype(" + instance + ") " + instance + ";\n";
   };
   try {
-    auto& device = metal::device(stream.device);
+    auto& device = mx::metal::device(stream.device);
     return device.get_kernel(name,
                              device.get_library("mlx_fused_" + name, build));
   } catch (const std::exception& error) {
@@ -87,7 +85,7 @@ class Launch {
   const std::vector<LaunchTensor>& tensors() const { return tensors_; }
   const std::vector<int64_t>& walks() const { return walks_; }
 
-  void bind(metal::CommandEncoder& encoder, int tensors, int count,
+  void bind(mx::metal::CommandEncoder& encoder, int tensors, int count,
             int walks) const {
     encoder.set_vector_bytes(tensors_, tensors);
     encoder.set_bytes(this->count(), count);
@@ -119,7 +117,7 @@ void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
         std::to_string(walk.shape.size()) + " strided dimensions; at most " +
         std::to_string(max_walk_entries / 2) + " are supported.");
   }
-  auto& encoder = metal::get_command_encoder(stream);
+  auto& encoder = mx::metal::get_command_encoder(stream);
   encoder.set_compute_pipeline_state(kernel);
   encoder.set_input_array(in, 0);
   encoder.set_output_array(out, 1);
@@ -139,7 +137,7 @@ mx::array add_gradient(Launch& launch, const mx::array& gradient,
   mx::array copied(gradient.shape(), gradient.dtype(), nullptr, {});
   copied.set_data(mx::allocator::malloc(gradient.nbytes()));
   copy_array(gradient, copied, stream);
-  metal::get_command_encoder(stream).add_temporary(copied);
+  mx::metal::get_command_encoder(stream).add_temporary(copied);
   launch.add(copied, vectorized);
   return copied;
 }
@@ -194,7 +192,7 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs,
     return;
   }
 
-  auto& encoder = metal::get_command_encoder(stream());
+  auto& encoder = mx::metal::get_command_encoder(stream());
   encoder.set_compute_pipeline_state(kernel);
   for (int place = 0; place < max_group_size; ++place) {
     // Places left over are bound to the first tensor and never read.
@@ -240,7 +238,7 @@ void GlobalNorm::eval_gpu(const std::vector<mx::array>& inputs,
   mx::array partials({static_cast<int>(std::max<size_t>(partial_count, 1))},
                      mx::float32, nullptr, {});
   partials.set_data(mx::allocator::malloc(partials.nbytes()));
-  auto& encoder = metal::get_command_encoder(stream());
+  auto& encoder = mx::metal::get_command_encoder(stream());
   encoder.add_temporary(partials);
 
   uint32_t first_partial = 0;

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def collect_leaves(leaves: tuple[list[Any], ...], tree: Any, *rest: Any) -> None:
-    """Append the leaves of ``tree`` to ``leaves[0]``, of ``rest[i]`` to ``leaves[i + 1]``.
+    """Append the leaves of ``tree`` and of each of ``rest`` to a list of ``leaves``.
 
     As in ``mlx.utils.tree_map``, each of ``rest`` may be a superset of ``tree``, and
     dicts, lists and tuples are nodes.

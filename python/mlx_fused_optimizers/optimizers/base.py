@@ -1,4 +1,4 @@
-"""The step that all optimizers share: trees in, one call of the extension, trees out."""
+"""The step that all share: trees in, one call of the extension, trees out."""
 
 from typing import Any, NamedTuple
 

@@ -1,0 +1,1 @@
+"""What the optimizers cost. Each module here is a program; see --help."""

@@ -1,0 +1,303 @@
+"""Bytes and launches that a step costs on Metal: ``python -m bench.metal_cost``.
+
+Ours are counted by the Metal simulator, which runs the real kernels: every byte that
+they read or write in device memory, and every launch. Those of mlx.optimizers are
+counted from its graph, a launch for each primitive that computes, and the bytes of its
+operands; that is what those primitives must at least move. Nothing here ran on a GPU.
+
+Writes ``metal_cost.json``, ``metal_cost.md`` and ``metal_cost.png`` to bench/results.
+"""
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.optimizers as stock
+import mlx_fused_optimizers as optim
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import metal_simulator  # noqa: E402
+from metal_simulator.extension import extension  # noqa: E402
+
+
+class Case(NamedTuple):
+    """An optimizer with options, and whether gradients are clipped by global norm."""
+
+    label: str
+    name: str
+    options: dict[str, Any]
+    clipped: bool = False
+
+    def make(self, module: ModuleType) -> Any:
+        """The optimizer of this module."""
+        return getattr(module, self.name)(1e-3, **self.options)
+
+
+CASES = [
+    Case("SGD", "SGD", {}),
+    Case("SGD momentum", "SGD", {"momentum": 0.9}),
+    Case("Lion", "Lion", {"weight_decay": 0.1}),
+    Case("Adam", "Adam", {"bias_correction": True}),
+    Case("AdamW", "AdamW", {"bias_correction": True}),
+    Case("AdamW clipped", "AdamW", {"bias_correction": True}, clipped=True),
+]
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+# Primitives that only look at memory in another way.
+VIEWS = {"Broadcast", "Reshape", "Transpose", "Squeeze", "ExpandDims", "StopGradient"}
+
+
+class Cost(NamedTuple):
+    """Of one step, as measured."""
+
+    bytes_per_parameter: float
+    launches_per_tensor: float
+
+
+def transformer(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The 120 parameters of twelve transformer layers."""
+    shapes = {
+        "attention_norm.weight": (width,),
+        "attention_norm.bias": (width,),
+        "query.weight": (width, width),
+        "key.weight": (width, width),
+        "value.weight": (width, width),
+        "output.weight": (width, width),
+        "mlp_norm.weight": (width,),
+        "mlp_norm.bias": (width,),
+        "up.weight": (4 * width, width),
+        "down.weight": (width, 4 * width),
+    }
+    return {
+        f"layers.{layer}.{name}": mx.ones(shape, dtype)
+        for layer in range(12)
+        for name, shape in shapes.items()
+    }
+
+
+def fused_cost(case: Case, width: int, dtype: mx.Dtype) -> Cost:
+    """Counted by the simulator in a step that nothing keeps from being in place."""
+    kernels = extension()
+    assert kernels is not None  # main() has checked
+    parameters = transformer(width, dtype)
+    count = sum(x.size for x in parameters.values())
+    optimizer = case.make(optim)
+    optimizer.init(parameters)
+    gradients = list(transformer(width, dtype).values())
+    mx.eval(parameters, optimizer.state, gradients)
+    rule = optimizer._rule()
+    arrays = list(parameters.values())
+    states = [[optimizer.state[p][k] for p in parameters] for k in rule.state_keys]
+    learning_rate, step = optimizer.learning_rate, mx.array(1, mx.uint64)
+    parameters.clear()
+    optimizer.state.clear()
+
+    # Kernels are checked when first used: not a part of the step.
+    small = [x.reshape(-1)[:1] for x in (arrays[0], gradients[0])]
+    kernels.fused_update(
+        rule.name,
+        rule.hyperparameters,
+        small[:1],
+        small[1:],
+        [small[:1] for _ in states],
+        learning_rate,
+        step,
+    )
+    kernels.global_norm(small, mx.array(1.0))
+    del small
+    mx.synchronize()
+    metal_simulator.reset()
+    scale = None
+    if case.clipped:
+        _, scale = kernels.global_norm(gradients, mx.array(1.0))
+        mx.eval(scale)
+    results = kernels.fused_update(
+        rule.name,
+        rule.hyperparameters,
+        arrays,
+        gradients,
+        states,
+        learning_rate,
+        step,
+        scale,
+    )
+    tensors = len(arrays)
+    del arrays, states
+    mx.eval(results)
+    launches = metal_simulator.counters()
+    moved = sum(launch.bytes_read + launch.bytes_written for launch in launches)
+    return Cost(moved / count, len(launches) / tensors)
+
+
+class Node(NamedTuple):
+    """A primitive of a graph."""
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+
+
+def leaves(tree: Any) -> list[mx.array]:
+    """The arrays of a tree."""
+    flat: Any = tree_flatten(tree, destination={})
+    return list(flat.values())
+
+
+def graph(outputs: list[mx.array], names: dict[str, mx.array]) -> list[Node]:
+    """The primitives that lead to the outputs, in an order in which they can run."""
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *outputs, **names)
+    nodes: dict[str, Node] = {}
+    for line in dot.getvalue().splitlines():
+        if found := re.match(r"\{ (\d+) \[label =\"([^\"]+)\"", line):
+            nodes[found[1]] = Node(found[2], [], [])
+        elif found := re.match(r"\"([^\"]+)\" -> (\d+)", line):
+            nodes[found[2]].inputs.append(found[1])
+        elif found := re.match(r"(\d+) -> \"([^\"]+)\"", line):
+            nodes[found[1]].outputs.append(found[2])
+    return list(nodes.values())
+
+
+def stock_cost(case: Case, width: int, dtype: mx.Dtype, compiled: bool) -> Cost:
+    """Counted from the graph of a step of mlx.optimizers."""
+    parameters = transformer(width, dtype)
+    gradients = transformer(width, dtype)
+    optimizer = case.make(stock)
+    optimizer.init(parameters)
+    mx.eval(parameters, gradients, optimizer.state)
+    before = [*parameters.values(), *gradients.values(), *leaves(optimizer.state)]
+
+    def step(parameters: Any, gradients: Any) -> Any:
+        if case.clipped:
+            gradients, _ = stock.clip_grad_norm(gradients, 1.0)
+        return optimizer.apply_gradients(gradients, parameters)
+
+    if compiled:
+        step = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
+    updated = step(parameters, gradients)
+    after = [*updated.values(), *leaves(optimizer.state)]
+    named = {f"array{i}": x for i, x in enumerate([*before, *after])}
+
+    sizes: dict[str, int] = defaultdict(lambda: 1)  # constants are scalars
+    sizes.update({label: x.size for label, x in named.items()})
+    moved = launches = 0
+    for node in graph(after, named):
+        read = sum(sizes[label] for label in node.inputs)
+        if node.name in VIEWS:
+            sizes[node.outputs[0]] = read
+            continue
+        largest = 1 if node.name == "Reduce" else max(sizes[i] for i in node.inputs)
+        for label in node.outputs:
+            sizes.setdefault(label, largest)
+        launches += 1
+        moved += read + sum(sizes[label] for label in node.outputs)
+    count = sum(x.size for x in parameters.values())
+    return Cost(moved * dtype.size / count, launches / len(parameters))
+
+
+def rows(width: int, dtypes: list[str]) -> Iterator[dict[str, Any]]:
+    """One row for each case and dtype."""
+    cases = [(dtype, case) for dtype in dtypes for case in CASES]
+    for dtype, case in tqdm(cases, unit="case", disable=None):
+        kind = DTYPES[dtype]
+        parameters = transformer(width, kind)
+        yield {
+            "optimizer": case.label,
+            "dtype": dtype,
+            "tensors": len(parameters),
+            "parameters": sum(x.size for x in parameters.values()),
+            **fused_cost(case, width, kind)._asdict(),
+            "mlx_eager": stock_cost(case, width, kind, compiled=False)._asdict(),
+            "mlx_compiled": stock_cost(case, width, kind, compiled=True)._asdict(),
+        }
+
+
+KINDS = [("fused", None), ("MLX eager", "mlx_eager"), ("MLX compiled", "mlx_compiled")]
+
+
+def table(table_rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    head = ["optimizer", "dtype"]
+    head += [f"bytes a parameter, {label}" for label, _ in KINDS]
+    head += [f"launches a tensor, {label}" for label, _ in KINDS]
+    lines = [head, ["---"] * 2 + ["---:"] * 6]
+    for row in table_rows:
+        costs = [row[key] if key else row for _, key in KINDS]
+        lines.append(
+            [row["optimizer"], row["dtype"]]
+            + [f"{cost['bytes_per_parameter']:.1f}" for cost in costs]
+            + [f"{cost['launches_per_tensor']:.2f}" for cost in costs]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def chart(chart_rows: list[dict[str, Any]], path: Path) -> None:
+    """Bytes and launches of the float32 rows as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chart_rows = [row for row in chart_rows if row["dtype"] == "float32"] or chart_rows
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    for axis, key in zip(axes, Cost._fields, strict=True):
+        for i, (label, source) in enumerate(KINDS):
+            values = [(row[source] if source else row)[key] for row in chart_rows]
+            places = [place + (i - 1) * 0.27 for place in range(len(values))]
+            bars = axis.bar(places, values, 0.27, label=label)
+            axis.bar_label(bars, fmt="%.3g", fontsize=7)
+        axis.set_yscale("log")
+        axis.set_title(f"{key.replace('_', ' ')} (log scale)")
+        names = [row["optimizer"].replace(" ", "\n") for row in chart_rows]
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+    axes[0].legend()
+    figure.suptitle(
+        "One step of a transformer's 120 float32 tensors on Metal. Fused: counted in "
+        "simulation; MLX: from its graph",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Count, write, print; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.metal_cost", description=__doc__
+    )
+    parser.add_argument("--width", type=int, default=512, help="default: 512")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
+    options = parser.parse_args()
+    if extension() is None:
+        print("error: the simulator is not built; run: make simulator", file=sys.stderr)
+        return 2
+    mx.set_default_device(mx.cpu)
+    collected = list(rows(options.width, options.dtypes))
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = table(collected)
+    report = {
+        "source": "fused: Metal simulator; mlx: graph of mlx.optimizers 0.32.4",
+        "rows": collected,
+    }
+    (options.output / "metal_cost.json").write_text(json.dumps(report, indent=2) + "\n")
+    (options.output / "metal_cost.md").write_text(text)
+    chart(collected, options.output / "metal_cost.png")
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

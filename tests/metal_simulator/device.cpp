@@ -1,0 +1,122 @@
+#include "mlx/backend/metal/device.h"
+
+#include "mlx/backend/cpu/encoder.h"
+
+namespace mlx::core::metal {
+
+void CommandEncoder::bind(const array& a, int idx, int64_t offset,
+                          bool writable) {
+  // The elements that the view reaches, backwards and forwards of its first.
+  int64_t first = 0;
+  int64_t end = a.size() == 0 ? 0 : 1;
+  for (int d = 0; a.size() != 0 && d < static_cast<int>(a.ndim()); ++d) {
+    const int64_t reach = (a.shape(d) - 1) * a.strides(d);
+    (reach < 0 ? first : end) += reach;
+  }
+  const int64_t item = a.itemsize();
+  auto* data = const_cast<char*>(a.data<char>()) + offset;
+  encoder_.bind(idx, {.owner = a.data_shared_ptr(),
+                      .data = data,
+                      .before = static_cast<size_t>(-first * item),
+                      .bytes = static_cast<size_t>(end * item - offset),
+                      .offset = static_cast<size_t>(a.offset() + offset),
+                      .writable = writable});
+}
+
+void CommandEncoder::set_input_array(const array& a, int idx, int64_t offset) {
+  bind(a, idx, offset, false);
+}
+
+void CommandEncoder::set_output_array(array& a, int idx, int64_t offset) {
+  bind(a, idx, offset, true);
+}
+
+void CommandEncoder::add_temporary(array arr) {
+  cpu::get_command_encoder(stream_).dispatch([arr = std::move(arr)] {});
+}
+
+void CommandEncoder::add_temporaries(std::vector<array> arrays) {
+  cpu::get_command_encoder(stream_).dispatch([arrays = std::move(arrays)] {});
+}
+
+void CommandEncoder::dispatch_threadgroups(MTL::Size grid_dims,
+                                           MTL::Size group_dims) {
+  enqueue(encoder_.dispatch_threadgroups(
+      {grid_dims.width, grid_dims.height, grid_dims.depth},
+      {group_dims.width, group_dims.height, group_dims.depth}));
+}
+
+void CommandEncoder::dispatch_threads(MTL::Size grid_dims,
+                                      MTL::Size group_dims) {
+  enqueue(encoder_.dispatch(
+      {grid_dims.width, grid_dims.height, grid_dims.depth},
+      {group_dims.width, group_dims.height, group_dims.depth}));
+}
+
+void CommandEncoder::enqueue(simulator::Launch launch) {
+  // MLX itself keeps alive what a primitive writes. Were it held here too, the
+  // next primitive could not take it over as its output, as on Metal it can.
+  for (auto& [written, output] : launch.bindings) {
+    if (output.writable) {
+      const auto data = std::move(output.owner);
+      for (auto& [index, binding] : launch.bindings) {
+        if (binding.owner == data) {
+          binding.owner.reset();
+        }
+      }
+    }
+  }
+  cpu::get_command_encoder(stream_).dispatch([launch = std::move(launch)] {
+    try {
+      launch.run();
+    } catch (const std::exception& error) {
+      simulator::keep_error(error.what());
+      throw;
+    }
+  });
+}
+
+MTL::Library* Device::get_library(
+    const std::string& name, const CompileOptions&,
+    const std::function<std::string(void)>& builder) {
+  std::lock_guard lock(mutex_);
+  auto& library = libraries_[name];
+  if (!library) {
+    auto compiled = simulator::Library::compile(builder(), name);
+    library = std::make_unique<MTL::Library>();
+    library->kernels = std::move(compiled);
+  }
+  return library.get();
+}
+
+void Device::clear_library(const std::string& name) {
+  std::lock_guard lock(mutex_);
+  if (auto node = libraries_.extract(name)) {
+    cleared_.push_back(std::move(node.mapped()));
+  }
+}
+
+MTL::ComputePipelineState* Device::get_kernel(const std::string& base_name,
+                                              MTL::Library* mtl_lib) {
+  std::lock_guard lock(mutex_);
+  auto& pipeline = mtl_lib->pipelines[base_name];
+  if (!pipeline) {
+    pipeline = std::make_unique<MTL::ComputePipelineState>(
+        mtl_lib->kernels->kernel(base_name));
+  }
+  return pipeline.get();
+}
+
+Device& device(mlx::core::Device) {
+  static Device device;
+  return device;
+}
+
+CommandEncoder& get_command_encoder(Stream s) {
+  static std::mutex mutex;
+  static std::map<int, CommandEncoder> encoders;
+  std::lock_guard lock(mutex);
+  return encoders.try_emplace(s.index, s).first->second;
+}
+
+}  // namespace mlx::core::metal

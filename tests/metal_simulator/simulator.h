@@ -1,0 +1,162 @@
+// Runs Metal kernels that compile_kernels.py has compiled, on one thread of the
+// CPU, and reports what Metal would not forgive.
+//
+// Every array that a launch is given is copied to an address range of its own
+// and back, so an access outside of it is seen even where another array lies,
+// and its alignment is that of its offset, as in a Metal buffer. The compiled
+// kernel calls the simulator with each address that it reads or writes.
+
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace simulator {
+
+// Metal's limits.
+constexpr int max_buffers = 31;
+constexpr size_t max_threads_per_threadgroup = 1024;
+constexpr size_t max_threadgroup_bytes = 32 * 1024;
+constexpr size_t max_set_bytes = 4096;
+constexpr unsigned simdgroup_size = 32;
+
+using Size = std::array<uint64_t, 3>;  // width, height, depth
+inline uint64_t volume(const Size& size) { return size[0] * size[1] * size[2]; }
+
+// What a kernel is told; the order is that of ATTRIBUTES in compile_kernels.py.
+enum Attribute {
+  thread_position_in_grid,
+  threadgroup_position_in_grid,
+  thread_position_in_threadgroup,
+  thread_index_in_threadgroup,
+  threads_per_threadgroup,
+  threadgroups_per_grid,
+  threads_per_grid,
+  simdgroup_index_in_threadgroup,
+  thread_index_in_simdgroup,
+  threads_per_simdgroup,
+  simdgroups_per_threadgroup,
+  attribute_count,
+};
+
+// As in msl/launch.
+struct Arguments {
+  uint64_t buffers[max_buffers];
+  uint64_t threadgroups[max_buffers];
+  uint32_t attributes[attribute_count][3];
+};
+enum class Space { device, constant, threadgroup };
+
+class Library;
+
+struct Kernel {
+  struct Parameter {
+    int index;
+    Space space;
+  };
+  std::string name;
+  std::vector<Parameter> parameters;
+  void (*entry)(const Arguments*);
+  const Library* library;
+};
+
+// The kernels of one shared library that compile_kernels.py has made. A library
+// stays loaded: a launch may still be waiting in a stream.
+class Library {
+ public:
+  // Compiles MSL text; `name` names its lines in messages. Throws
+  // std::runtime_error with the compiler's message.
+  static std::unique_ptr<Library> compile(const std::string& source,
+                                          const std::string& name);
+
+  explicit Library(const std::string& path);
+
+  Kernel* kernel(const std::string& name);  // throws std::invalid_argument
+  bool contains(uintptr_t address) const;
+  // "file.metal:12", or the address where no addr2line is installed.
+  std::string line(const void* return_address) const;
+
+ private:
+  std::string path_;
+  uintptr_t begin_ = 0;
+  uintptr_t end_ = 0;
+  std::map<std::string, Kernel> kernels_;
+};
+
+// Memory bound to an index.
+struct Binding {
+  char* begin() const { return data - before; }
+  char* end() const { return data + bytes; }
+
+  std::shared_ptr<const void> owner;  // keeps `data` alive
+  char* data;                         // what the kernel is given
+  size_t before;  // bytes of the array before data: a view may run backwards
+  size_t bytes;   // and from data on
+  size_t offset;  // of data in its buffer: what its alignment is judged by
+  bool writable;
+};
+
+// One dispatch, with all that it needs.
+struct Launch {
+  const Kernel* kernel = nullptr;
+  std::map<int, Binding> bindings;
+  std::map<int, size_t> threadgroup_memory;
+  Size threads{};            // of the whole grid
+  Size threads_per_group{};  // groups at the upper edges may have fewer
+  std::optional<uint64_t> seed;
+
+  void run() const;  // throws std::runtime_error; then nothing is written back
+};
+
+// What Metal's compute command encoder checks before a launch.
+class Encoder {
+ public:
+  void set_kernel(const Kernel* kernel);
+  void bind(int index, Binding binding);
+  void set_bytes(const void* data, size_t bytes, int index);
+  void set_threadgroup_memory(size_t bytes, int index);
+  // `threads` counts threads, not threadgroups. Bindings stay, for more
+  // launches.
+  Launch dispatch(Size threads, Size threads_per_group);
+  Launch dispatch_threadgroups(Size groups, Size threads_per_group);
+
+ private:
+  [[noreturn]] void refuse(const std::string& why) const;
+
+  void place(int index, Binding binding);
+
+  Launch launch_;  // without the owners of arrays:
+  // bindings outlive a dispatch, but must not keep an array from being donated.
+  std::map<int, std::weak_ptr<const void>> owners_;
+  std::map<int, bool> fresh_;  // bound since the last dispatch
+};
+
+// What a launch did. Bytes count each access, unique bytes each address once.
+struct Record {
+  std::string kernel;
+  uint64_t bytes_read = 0;  // through `device` pointers
+  uint64_t bytes_written = 0;
+  uint64_t unique_bytes_read = 0;
+  uint64_t unique_bytes_written = 0;
+  uint64_t constant_bytes_read = 0;
+  uint64_t accesses = 0;  // all of the above and of threadgroup memory
+};
+std::vector<Record> records();
+
+// Errors of launches in streams, which reach the caller of mx.eval, but not of
+// everything that evaluates: np.array(x) drops them. take_errors forgets them.
+void keep_error(const std::string& message);
+std::vector<std::string> take_errors();
+
+void clear_records();
+
+// The order of threads and threadgroups: 0 is the natural one.
+void set_seed(uint64_t seed);
+
+}  // namespace simulator

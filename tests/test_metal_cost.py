@@ -1,0 +1,46 @@
+"""What a step may cost on Metal, counted by the simulator (bench/metal_cost.py)."""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from conftest import SIMULATOR
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.metal_cost import CASES, Case, fused_cost, stock_cost
+
+# The least that the updates can move: each array read and written once.
+LEAST = {
+    "SGD": 12,
+    "SGD momentum": 20,
+    "Lion": 20,
+    "Adam": 28,
+    "AdamW": 28,
+    "AdamW clipped": 32,
+}
+
+
+@pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
+@pytest.mark.parametrize("case", CASES, ids=[case.label for case in CASES])
+def test_bytes_and_launches_are_the_least(backend: str, case: Case) -> None:
+    for dtype in (mx.float32, mx.bfloat16):
+        cost = fused_cost(case, 32, dtype)
+        least = LEAST[case.label] * dtype.size / 4
+        # The norm's partial sums are a few bytes a tensor.
+        assert least <= cost.bytes_per_parameter <= least * 1.01
+        assert cost.launches_per_tensor <= 0.34
+
+
+def test_stock_is_counted_from_its_graph() -> None:
+    sgd, clipped = CASES[0], CASES[-1]
+    eager = stock_cost(sgd, 32, mx.float32, compiled=False)
+    # A product (gradient in, product out) and a difference (two in, one out).
+    assert eager.bytes_per_parameter == pytest.approx(20, rel=1e-3)
+    assert eager.launches_per_tensor == pytest.approx(2, rel=0.01)
+    compiled = stock_cost(sgd, 32, mx.float32, compiled=True)
+    assert compiled.bytes_per_parameter == pytest.approx(12, rel=1e-3)
+    assert compiled.launches_per_tensor == pytest.approx(1, rel=0.01)
+    more = stock_cost(clipped, 32, mx.float32, compiled=True)
+    assert more.bytes_per_parameter > 60
