@@ -51,6 +51,10 @@ CASES = [
     Case("Lion", "Lion", {"weight_decay": 0.1}),
     Case("Adam", "Adam", {"bias_correction": True}),
     Case("AdamW", "AdamW", {"bias_correction": True}),
+    Case("RMSprop", "RMSprop", {}),
+    Case("Adagrad", "Adagrad", {}),
+    Case("AdaDelta", "AdaDelta", {}),
+    Case("Adamax", "Adamax", {}),
     Case("AdamW clipped", "AdamW", {"bias_correction": True}, clipped=True),
 ]
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -31,6 +31,13 @@ std::vector<double> check_hyperparameters(Rule rule) {
       return {0.9, 0.1, 0.99, 0.01, 1e-8, 0.01, 1};
     case Rule::Lion:
       return {0.9, 0.1, 0.99, 0.01, 0.01};
+    case Rule::RMSprop:
+    case Rule::AdaDelta:
+      return {0.9, 0.1, 1e-6};
+    case Rule::Adagrad:
+      return {1e-8};
+    case Rule::Adamax:
+      return {0.9, 0.1, 0.99, 1e-8};
     case Rule::Scale:
       return {};
   }

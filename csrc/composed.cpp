@@ -78,6 +78,41 @@ Tensor update_lion(const Hyperparameters& h, mx::array p, const mx::array& m,
   return {p - rate * mx::sign(c), next_m};
 }
 
+Tensor update_rmsprop(const Hyperparameters& h, const mx::array& p,
+                      const mx::array& v, const mx::array& g,
+                      const mx::array& learning_rate) {
+  const auto rate = mx::astype(learning_rate, g.dtype());
+  const auto next_v = times(h[0], v) + times(h[1], mx::square(g));
+  return {p - rate * g / plus(mx::sqrt(next_v), h[2]), next_v};
+}
+
+Tensor update_adagrad(const Hyperparameters& h, const mx::array& p,
+                      const mx::array& v, const mx::array& g,
+                      const mx::array& learning_rate) {
+  const auto rate = mx::astype(learning_rate, g.dtype());
+  const auto next_v = v + mx::square(g);
+  return {p - rate * g / plus(mx::sqrt(next_v), h[0]), next_v};
+}
+
+Tensor update_adadelta(const Hyperparameters& h, const mx::array& p,
+                       const mx::array& v, const mx::array& u,
+                       const mx::array& g, const mx::array& learning_rate) {
+  const auto rate = mx::astype(learning_rate, g.dtype());
+  const auto next_v = times(h[0], v) + times(h[1], mx::square(g));
+  const auto d = mx::sqrt(plus(u, h[2])) / mx::sqrt(plus(next_v, h[2])) * g;
+  const auto next_u = times(h[0], u) + times(h[1], mx::square(d));
+  return {p - rate * d, next_v, next_u};
+}
+
+Tensor update_adamax(const Hyperparameters& h, const mx::array& p,
+                     const mx::array& m, const mx::array& v, const mx::array& g,
+                     const mx::array& learning_rate) {
+  const auto rate = mx::astype(learning_rate, g.dtype());
+  const auto next_m = times(h[0], m) + times(h[1], g);
+  const auto next_v = mx::maximum(times(h[2], v), mx::abs(g));
+  return {p - rate * next_m / plus(next_v, h[3]), next_m, next_v};
+}
+
 }  // namespace
 
 std::function<std::vector<mx::array>(const std::vector<mx::array>&)>
@@ -111,6 +146,22 @@ composed_update(Rule rule, std::vector<double> hyperparameters,
           break;
         case Rule::Lion:
           updated = update_lion(h, in(0), in(1), scaled(in(2)), learning_rate);
+          break;
+        case Rule::RMSprop:
+          updated =
+              update_rmsprop(h, in(0), in(1), scaled(in(2)), learning_rate);
+          break;
+        case Rule::Adagrad:
+          updated =
+              update_adagrad(h, in(0), in(1), scaled(in(2)), learning_rate);
+          break;
+        case Rule::AdaDelta:
+          updated = update_adadelta(h, in(0), in(1), in(2), scaled(in(3)),
+                                    learning_rate);
+          break;
+        case Rule::Adamax:
+          updated = update_adamax(h, in(0), in(1), in(2), scaled(in(3)),
+                                  learning_rate);
           break;
         case Rule::Scale:
           updated = {scaled(in(0))};

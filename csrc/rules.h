@@ -13,6 +13,7 @@ namespace mlx_fused {
 namespace {
 
 namespace metal {
+inline float abs(float x) { return __builtin_fabsf(x); }
 inline float pow(float x, float y) { return __builtin_powf(x, y); }
 namespace precise {
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
@@ -24,9 +25,11 @@ inline float sqrt(float x) { return __builtin_sqrtf(x); }
 }  // namespace
 
 // One line a rule: its type in update_rules.h and its name in Python.
-#define MLX_FUSED_FOR_EACH_RULE(apply)                              \
-  apply(SGD, "sgd") apply(Momentum, "momentum") apply(Adam, "adam") \
-      apply(Lion, "lion") apply(Scale, "scale")
+#define MLX_FUSED_FOR_EACH_RULE(apply)                                        \
+  apply(SGD, "sgd") apply(Momentum, "momentum") apply(Adam, "adam")           \
+      apply(Lion, "lion") apply(RMSprop, "rmsprop") apply(Adagrad, "adagrad") \
+          apply(AdaDelta, "adadelta") apply(Adamax, "adamax")                 \
+              apply(Scale, "scale")
 
 enum class Rule {
 #define MLX_FUSED_RULE(type, name) type,

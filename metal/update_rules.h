@@ -154,6 +154,128 @@ struct Lion {
   }
 };
 
+// RMSprop; s[0] is v.
+// Tieleman and Hinton, "Lecture 6.5: rmsprop", Neural networks for machine
+// learning, 2012.
+struct RMSprop {
+  static constexpr constant int states = 1;
+  static constexpr constant bool reads_gradient = true;
+  static constexpr constant int hyperparameters = 3;
+
+  float alpha;
+  float one_minus_alpha;
+  float eps;
+  float learning_rate;
+
+  static RMSprop prepare(constant float* h, float learning_rate, float step) {
+    RMSprop rule;
+    rule.alpha = h[0];
+    rule.one_minus_alpha = h[1];
+    rule.eps = h[2];
+    rule.learning_rate = learning_rate;
+    return rule;
+  }
+
+  void update(float g, thread float& p, thread float* s) const {
+    const float v = alpha * s[0] + one_minus_alpha * (g * g);
+    s[0] = v;
+    p = p - learning_rate * g / (metal::precise::sqrt(v) + eps);
+  }
+};
+
+// Adagrad; s[0] is v.
+// Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning
+// and stochastic optimization", JMLR 2011.
+struct Adagrad {
+  static constexpr constant int states = 1;
+  static constexpr constant bool reads_gradient = true;
+  static constexpr constant int hyperparameters = 1;
+
+  float eps;
+  float learning_rate;
+
+  static Adagrad prepare(constant float* h, float learning_rate, float step) {
+    Adagrad rule;
+    rule.eps = h[0];
+    rule.learning_rate = learning_rate;
+    return rule;
+  }
+
+  void update(float g, thread float& p, thread float* s) const {
+    const float v = s[0] + g * g;
+    s[0] = v;
+    p = p - learning_rate * g / (metal::precise::sqrt(v) + eps);
+  }
+};
+
+// AdaDelta with a learning rate; s[0] is v, s[1] is u.
+// Zeiler, "ADADELTA: an adaptive learning rate method", arXiv:1212.5701.
+struct AdaDelta {
+  static constexpr constant int states = 2;
+  static constexpr constant bool reads_gradient = true;
+  static constexpr constant int hyperparameters = 3;
+
+  float rho;
+  float one_minus_rho;
+  float eps;
+  float learning_rate;
+
+  static AdaDelta prepare(constant float* h, float learning_rate, float step) {
+    AdaDelta rule;
+    rule.rho = h[0];
+    rule.one_minus_rho = h[1];
+    rule.eps = h[2];
+    rule.learning_rate = learning_rate;
+    return rule;
+  }
+
+  void update(float g, thread float& p, thread float* s) const {
+    const float v = rho * s[0] + one_minus_rho * (g * g);
+    const float d =
+        metal::precise::sqrt(s[1] + eps) / metal::precise::sqrt(v + eps) * g;
+    s[0] = v;
+    s[1] = rho * s[1] + one_minus_rho * (d * d);
+    p = p - learning_rate * d;
+  }
+};
+
+// Adamax; s[0] is m, s[1] is v.
+// Kingma and Ba, "Adam: A method for stochastic optimization", ICLR 2015,
+// section 7.1.
+struct Adamax {
+  static constexpr constant int states = 2;
+  static constexpr constant bool reads_gradient = true;
+  static constexpr constant int hyperparameters = 4;
+
+  float beta1;
+  float one_minus_beta1;
+  float beta2;
+  float eps;
+  float learning_rate;
+
+  static Adamax prepare(constant float* h, float learning_rate, float step) {
+    Adamax rule;
+    rule.beta1 = h[0];
+    rule.one_minus_beta1 = h[1];
+    rule.beta2 = h[2];
+    rule.eps = h[3];
+    rule.learning_rate = learning_rate;
+    return rule;
+  }
+
+  void update(float g, thread float& p, thread float* s) const {
+    const float m = beta1 * s[0] + one_minus_beta1 * g;
+    const float decayed = beta2 * s[1];
+    const float magnitude = metal::abs(g);
+    // The maximum, and not a number if either is none.
+    const float v =
+        decayed >= magnitude || decayed != decayed ? decayed : magnitude;
+    s[0] = m;
+    s[1] = v;
+    p = p - learning_rate * m / (v + eps);
+  }
+};
+
 // Multiplies by the gradient scale, which arrives in the gradient's place: the
 // second half of clip_grad_norm.
 struct Scale {

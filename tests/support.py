@@ -24,6 +24,10 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("AdamW", {"weight_decay": 0.3, "bias_correction": True}),
     ("Lion", {}),
     ("Lion", {"betas": (0.95, 0.98), "weight_decay": 0.1}),
+    ("RMSprop", {"alpha": 0.9}),
+    ("Adagrad", {}),
+    ("AdaDelta", {"rho": 0.8}),
+    ("Adamax", {}),
 ]
 OPTIMIZER_IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIMIZERS]
 

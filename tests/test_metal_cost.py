@@ -18,6 +18,10 @@ LEAST = {
     "Lion": 20,
     "Adam": 28,
     "AdamW": 28,
+    "RMSprop": 20,
+    "Adagrad": 20,
+    "AdaDelta": 28,
+    "Adamax": 28,
     "AdamW clipped": 32,
 }
 

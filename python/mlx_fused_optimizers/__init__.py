@@ -2,7 +2,7 @@
 
     import mlx_fused_optimizers as optim  # was: import mlx.optimizers as optim
 
-Every name of ``mlx.optimizers`` 0.32.4 is here. SGD, Adam, AdamW, Lion and
+Every name of ``mlx.optimizers`` 0.32.4 is here. The elementwise optimizers and
 clip_grad_norm are fused; the other names are those of ``mlx.optimizers``.
 """
 
@@ -11,13 +11,9 @@ from ._requirements import check_mlx
 check_mlx()
 
 from mlx.optimizers import (  # noqa: E402
-    AdaDelta,
     Adafactor,
-    Adagrad,
-    Adamax,
     MultiOptimizer,
     Muon,
-    RMSprop,
     cosine_decay,
     exponential_decay,
     join_schedules,
@@ -27,7 +23,17 @@ from mlx.optimizers import (  # noqa: E402
 
 from ._version import __version__  # noqa: E402
 from .clipping import clip_grad_norm  # noqa: E402
-from .optimizers import SGD, Adam, AdamW, Lion, Optimizer  # noqa: E402
+from .optimizers import (  # noqa: E402
+    SGD,
+    AdaDelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    Optimizer,
+    RMSprop,
+)
 
 __all__ = [
     "SGD",

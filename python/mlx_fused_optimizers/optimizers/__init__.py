@@ -1,8 +1,20 @@
 """The optimizer classes."""
 
-from .adam import Adam, AdamW
+from .adam import Adam, Adamax, AdamW
+from .adaptive import AdaDelta, Adagrad, RMSprop
 from .base import FusedOptimizer, Optimizer
 from .lion import Lion
 from .sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "FusedOptimizer", "Lion", "Optimizer"]
+__all__ = [
+    "SGD",
+    "AdaDelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "FusedOptimizer",
+    "Lion",
+    "Optimizer",
+    "RMSprop",
+]

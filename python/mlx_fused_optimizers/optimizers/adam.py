@@ -1,4 +1,4 @@
-"""Adam and AdamW."""
+"""Adam, AdamW and Adamax."""
 
 import mlx.optimizers as stock
 
@@ -85,3 +85,34 @@ class AdamW(Adam, stock.AdamW):
 
     def _rule(self) -> FusedRule:
         return self._adam_rule(self.weight_decay)
+
+
+class Adamax(Adam, stock.Adamax):
+    r"""The Adamax optimizer: Adam with the infinity norm.
+
+    .. math::
+
+        m_{t+1} &= \beta_1 m_t + (1 - \beta_1) g_t \\
+        v_{t+1} &= \max(\beta_2 v_t, |g_t|) \\
+        w_{t+1} &= w_t - \lambda \frac{m_{t+1}}{v_{t+1} + \epsilon}
+
+    There is no bias correction. Source: Kingma and Ba, "Adam: A method for stochastic
+    optimization", ICLR 2015, section 7.1.
+
+    State of a parameter: ``m`` and ``v``, of the parameter's shape and dtype.
+
+    Args:
+        learning_rate (float or callable): The learning rate :math:`\lambda`.
+        betas (Tuple[float, float], optional): The coefficients
+            :math:`(\beta_1, \beta_2)` of the running average of the gradient and of
+            the exponentially weighted infinity norm. Default: ``(0.9, 0.999)``
+        eps (float, optional): The term :math:`\epsilon` added to the denominator.
+            Default: ``1e-8``
+
+    Raises:
+        ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
+    """
+
+    def _rule(self) -> FusedRule:
+        beta1, beta2 = self.betas
+        return FusedRule("adamax", (beta1, 1 - beta1, beta2, self.eps), ("m", "v"))
