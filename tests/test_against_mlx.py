@@ -162,8 +162,10 @@ def test_half_precision_stays_closer_to_float32_than_stock(
     def error(tree: Any) -> float:
         return float(np.square(to_numpy(tree["w"]) - to_numpy(exact["w"])).mean())
 
-    # Equal where the rounding of parameters outweighs all else; it is random.
-    assert error(mine) <= error(half) * 1.03
+    # Equal where the rounding of parameters outweighs all else; it is random. Stock's
+    # float16 Adam rounds eps to zero, and with that divides by zero.
+    assert np.isfinite(error(mine))
+    assert np.isnan(error(half)) or error(mine) <= error(half) * 1.03
 
 
 @every_optimizer

@@ -191,7 +191,15 @@ def test_interrupt_leaves_the_old_checkpoint(
     path.write_bytes(demo[0].read_bytes())
     command = [sys.executable, "-u", str(SCRIPT), "--save", str(path)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        # A shell starts what it puts in the background with SIGINT ignored, and
+        # that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("    1 "):  # the first epoch's line

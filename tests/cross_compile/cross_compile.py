@@ -1,0 +1,294 @@
+"""Builds the extension for arm64 macOS on any machine, and checks what it needs there.
+
+    python tests/cross_compile/cross_compile.py --output build/cross
+
+The project's own CMakeLists.txt is configured for Darwin, with clang from the PyPI
+package ziglang and with MLX's macOS wheels: their headers, and libmlx.dylib to link
+with. Then every symbol that the extension asks for must be one that the library it
+is bound to has on macOS 14, where the Mac's loader will look for it.
+
+How is known what a library has:
+
+- libmlx: it is here.
+- libSystem: ziglang ships Apple's list, which is of a later macOS; what is newer than
+  macOS 14 the headers mark, and the compiler refuses.
+- libc++ and libobjc: what MLX's libraries import, which are built for macOS 14; and
+  LIBCXX below. The extension is linked with stubs that hold just that.
+- Python: nanobind's list for Apple's linker, and the running Python must have it too.
+
+Nothing is run: whether the Mac's loader agrees, and what the kernels do, it cannot
+tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lief
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from metal_simulator.macos_wheels import macos_wheels
+
+HERE = Path(__file__).resolve().parent
+MACOS = [14, 0, 0]
+MLX = "@rpath/libmlx.dylib"
+SYSTEM = "/usr/lib/libSystem.B.dylib"
+CXX = "/usr/lib/libc++.1.dylib"
+OBJC = "/usr/lib/libobjc.A.dylib"
+PYTHON = "Python"
+WEAK_REFERENCE = 0x40  # N_WEAK_REF: the library may lack it
+
+# What macOS 14's libc++ has although MLX's libraries do not import it.
+LIBCXX = {
+    "__ZdlPvm",  # sized delete: clang calls it from macOS 10.12 on
+    "__ZdlPvmSt11align_val_t",  # and with an alignment from 10.13 on
+}
+
+lief.logging.disable()
+
+
+class CrossCompileError(RuntimeError):
+    """It did not compile, or would not load on macOS 14; the text says why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    library: Path
+    sources: list[str]  # those compiled for it
+    symbols: dict[str, int]  # resolved, by library
+
+    def __str__(self) -> str:
+        libraries = ", ".join(f"{name} {n}" for name, n in self.symbols.items())
+        return (
+            f"cross-compile: {len(self.sources)} files compiled, 1 library linked, "
+            f"{sum(self.symbols.values())} symbols resolved ({libraries})"
+        )
+
+
+def cross_compile(output: Path, extra_source: Path | None = None) -> Result:
+    """Builds in `output`, where an earlier build is continued, and checks.
+
+    Raises:
+        CrossCompileError: with the compiler's message, or the symbols not found.
+    """
+    output = output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    wheels = macos_wheels() / "mlx"
+    exports = known_exports(wheels)
+    stubs = [write_stub(output, name, exports[name]) for name in (CXX, OBJC)]
+    soabi = f"cpython-{sys.version_info[0]}{sys.version_info[1]}-darwin"
+    settings = {
+        "CMAKE_TOOLCHAIN_FILE": HERE / "macos.cmake",
+        "CMAKE_PROJECT_INCLUDE": HERE / "extension.cmake",
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",  # changing it would undo the signature
+        "CMAKE_COMPILE_WARNING_AS_ERROR": "ON",
+        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
+        "EXTRA_SOURCE": extra_source.resolve() if extra_source else "",
+        "MLX_DIR": wheels / "share/cmake/MLX",
+        "MLX_LIBRARY": wheels / "lib/libmlx.dylib",
+        "Python_EXECUTABLE": sys.executable,
+        "SKBUILD_SOABI": soabi,
+        "STUBS": ";".join(map(str, stubs)),
+        "ZIG": package_folder("ziglang") / "zig",
+    }
+    definitions = [f"-D{name}={value}" for name, value in settings.items()]
+    root = HERE.parents[1]
+    run("cmake", "-S", str(root), "-B", str(output), "-G", "Ninja", *definitions)
+    run("cmake", "--build", str(output), "--target", "_ext", "--parallel")
+
+    name = "_ext_with_extra_source" if extra_source else "_ext"
+    library = output / f"{name}.{soabi}.so"
+    commands = json.loads((output / "compile_commands.json").read_text())
+    sources = [os.path.relpath(command["file"], root) for command in commands]
+    return Result(library, sources, check(library, exports))
+
+
+def check(library: Path, exports: dict[str, set[str]]) -> dict[str, int]:
+    """How many symbols of each library it uses; all that does not fit is raised."""
+    binary = parse(library)
+    libraries, rpaths = linked(binary), [str(x.path) for x in binary.rpaths]
+    facts = {
+        "is not for arm64": binary.header.cpu_type == lief.MachO.Header.CPU_TYPE.ARM64,
+        "is not for macOS 14.0": minimum_macos(binary) == MACOS,
+        "is not signed": binary.has_code_signature,
+        f"loads {libraries}": set(libraries) == {MLX, SYSTEM, CXX, OBJC},
+        f"finds libmlx in {rpaths}": rpaths == ["@loader_path/../mlx/lib"],
+        "has no PyInit__ext": "_PyInit__ext" in names(binary.exported_symbols),
+    }
+    faults = [fault for fault, right in facts.items() if not right]
+
+    counts: Counter[str] = Counter()
+    origins = {str(x.name): origin(x, libraries) for x in undefined(binary)}
+    for name, place in sorted(origins.items()):
+        if name in exports.get(place, ()):
+            counts[Path(place).name.split(".")[0]] += 1
+        elif place == PYTHON:  # the linker had found it nowhere
+            faults.append(f"{name} is not in macOS 14, MLX or Python")
+        else:
+            faults.append(f"{name} is not in {place}")
+    # What the loader reads, beside the symbol table.
+    own = names(binary.symbols) - set(origins)
+    for binding in binary.bindings:
+        assert binding.symbol is not None
+        name, library_bound = str(binding.symbol.name), binding.library
+        place = PYTHON if library_bound is None else str(library_bound.name)
+        # A weak definition of its own, for which another library's may stand in.
+        replaceable = library_bound is None and binding.library_ordinal == 0
+        if name not in own if replaceable else origins.get(name) != place:
+            faults.append(f"{name} of {origins.get(name)} is bound to {place}")
+    if faults:
+        raise CrossCompileError("\n".join([f"{library.name}:", *faults]))
+    return dict(counts.most_common())
+
+
+def known_exports(mlx: Path) -> dict[str, set[str]]:
+    """By library, the symbols that it has on macOS 14."""
+    exports = {CXX: set(LIBCXX), OBJC: set()}
+    for path in [*mlx.glob("lib/*.dylib"), *mlx.glob("core.*.so")]:
+        binary = parse(path)
+        if minimum_macos(binary) > MACOS:
+            raise CrossCompileError(f"{path.name} is for a later macOS than 14.0")
+        libraries = linked(binary)
+        for symbol in undefined(binary):
+            if not symbol.description & WEAK_REFERENCE:
+                found = exports.setdefault(origin(symbol, libraries), set())
+                found.add(str(symbol.name))
+    libmlx = parse(mlx / "lib/libmlx.dylib")  # named: lief's lists do not keep it alive
+    exports[MLX] = names(libmlx.exported_symbols)
+
+    # Of arm64e too: Apple lists only some of its libraries for arm64.
+    listed = package_folder("ziglang") / "lib/libc/darwin/libSystem.tbd"
+    exports[SYSTEM] = {
+        name.strip(" \n'")
+        for targets, names in re.findall(
+            r"targets:\s*\[([^]]*)]\s*symbols:\s*\[([^]]*)]", listed.read_text()
+        )
+        if re.search(r"\barm64e?-macos\b", targets)
+        for name in names.split(",")
+    }
+
+    listed = package_folder("nanobind") / "cmake/darwin-ld-cpython.sym"
+    exports[PYTHON] = {
+        name
+        for name in re.findall(r"-U (\w+)", listed.read_text())
+        if hasattr(ctypes.pythonapi, name[1:])
+    }
+    return exports
+
+
+def write_stub(folder: Path, library: str, symbols: set[str]) -> Path:
+    """A library of macOS as the linker wants to see it: its name and symbols."""
+    path = folder / f"{Path(library).stem}.tbd"
+    quoted = ", ".join(f"'{name}'" for name in sorted(symbols))
+    text = f"""--- !tapi-tbd
+tbd-version: 4
+targets: [ arm64-macos ]
+install-name: '{library}'
+exports:
+  - targets: [ arm64-macos ]
+    symbols: [ {quoted} ]
+...
+"""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
+
+
+def parse(path: Path) -> lief.MachO.Binary:
+    binaries = lief.MachO.parse(str(path))
+    binary = binaries.at(0) if binaries else None
+    if binary is None:
+        raise CrossCompileError(f"{path.name} is not Mach-O")
+    return binary
+
+
+def linked(binary: lief.MachO.Binary) -> list[str]:
+    """The libraries that it loads, in the order of their ordinals."""
+    own_name = lief.MachO.LoadCommand.TYPE.ID_DYLIB
+    return [str(x.name) for x in binary.libraries if x.command != own_name]
+
+
+def minimum_macos(binary: lief.MachO.Binary) -> list[int]:
+    version = binary.build_version
+    if version is None:
+        raise CrossCompileError("a library does not say for which macOS it is")
+    return list(version.minos)
+
+
+def names(symbols: Iterable[lief.MachO.Symbol]) -> set[str]:
+    return {str(symbol.name) for symbol in symbols}
+
+
+def undefined(binary: lief.MachO.Binary) -> list[lief.MachO.Symbol]:
+    kind = lief.MachO.Symbol.TYPE.UNDEFINED
+    return [symbol for symbol in binary.symbols if symbol.type == kind]
+
+
+def origin(symbol: lief.MachO.Symbol, libraries: list[str]) -> str:
+    """The library in which the linker found it; Python, if in none."""
+    ordinal = symbol.description >> 8
+    return libraries[ordinal - 1] if 1 <= ordinal <= len(libraries) else PYTHON
+
+
+def package_folder(name: str) -> Path:
+    package = importlib.util.find_spec(name)
+    if package is None or package.origin is None:
+        raise CrossCompileError(f"{name} is not installed")
+    return Path(package.origin).parent
+
+
+def run(*command: str) -> None:
+    """Prints its progress, and raises what else it says if it fails."""
+    progress = re.compile(r"\[\d+/\d+\] ")
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "PATH": path, "NINJA_STATUS": "[%f/%t] "},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        messages = []
+        for line in process.stdout:
+            if progress.match(line):
+                print(line, end="", flush=True)
+            else:
+                messages.append(line)
+    if process.returncode:
+        raise CrossCompileError("".join(messages))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Build the extension for arm64 macOS and check its symbols."
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/cross"))
+    parser.add_argument(
+        "--extra-source", type=Path, help="a C++ file to build in, for trials"
+    )
+    options = parser.parse_args()
+    try:
+        print(cross_compile(options.output, options.extra_source))
+    except CrossCompileError as error:
+        print(f"cross-compile failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+// What metal-cpp's headers use of Apple's framework.
+#pragma once
+
+typedef double CFTimeInterval;

@@ -1,0 +1,145 @@
+"""The whole extension builds for arm64 macOS 14, and finds all it needs there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lief
+import pytest
+from cross_compile.cross_compile import (
+    CXX,
+    MLX,
+    OBJC,
+    SYSTEM,
+    CrossCompileError,
+    cross_compile,
+    minimum_macos,
+    parse,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "build/cross"
+PROGRAM = ROOT / "tests/cross_compile/cross_compile.py"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), "--output", str(OUTPUT), *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = done.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        r"cross-compile: \d+ files compiled, 1 library linked, \d+ symbols resolved "
+        r"\(.*libmlx \d+.*\)",
+        summary,
+    )
+    (path,) = OUTPUT.glob("_ext.cpython-*-darwin.so")
+    return path
+
+
+def test_it_is_an_extension_for_arm64_macos_14(library: Path) -> None:
+    binary = parse(library)
+    assert binary.header.cpu_type == lief.MachO.Header.CPU_TYPE.ARM64
+    assert minimum_macos(binary) == [14, 0, 0]
+    own_name, *libraries = (str(x.name) for x in binary.libraries)
+    assert own_name == library.name
+    assert sorted(libraries) == sorted([MLX, CXX, SYSTEM, OBJC])
+    assert [x.path for x in binary.rpaths] == ["@loader_path/../mlx/lib"]
+    assert "_PyInit__ext" in {symbol.name for symbol in binary.exported_symbols}
+    assert binary.has_code_signature
+
+
+def test_it_holds_the_kernels(library: Path) -> None:
+    content = library.read_bytes()
+    kernels = list(ROOT.glob("metal/*.metal"))
+    assert kernels
+    for kernel in kernels:
+        # Headers stand in place of the lines that include them.
+        text = re.split(r'#include ".*"\n', kernel.read_text())[-1]
+        assert "[[kernel]]" in text
+        assert text.encode() in content
+
+
+def test_it_is_what_cmake_builds_on_a_mac(library: Path) -> None:
+    sources = set(cross_compile(OUTPUT).sources)
+    of_mlx_fused = {source for source in sources if source.startswith("csrc/")}
+    all_sources = {str(x.relative_to(ROOT)) for x in ROOT.glob("csrc/**/*.cpp")}
+    assert of_mlx_fused == all_sources - {"csrc/metal/unavailable.cpp"}
+    assert any(source.endswith("nanobind/src/nb_internals.cpp") for source in sources)
+
+
+def with_extra_source(folder: Path, text: str) -> str:
+    """The message with which the extension is refused when `text` is part of it."""
+    source = folder / "extra.cpp"
+    source.write_text(text)
+    with pytest.raises(CrossCompileError) as refused:
+        cross_compile(OUTPUT, source)
+    return str(refused.value)
+
+
+def test_an_unknown_symbol_is_named(library: Path, tmp_path: Path) -> None:
+    source = tmp_path / "extra.cpp"
+    source.write_text(
+        "void defined_nowhere();\n"
+        '__attribute__((visibility("default"))) void extra() { defined_nowhere(); }\n'
+    )
+    done = run("--extra-source", str(source))
+    assert done.returncode == 1
+    assert re.search(r"defined_nowhere\w* is not in macOS 14, MLX or", done.stderr)
+    assert done.stderr.count(" is not in ") == 1
+
+
+def test_a_compile_error_is_shown(library: Path, tmp_path: Path) -> None:
+    message = with_extra_source(tmp_path, "int extra() { return undeclared; }\n")
+    assert "extra.cpp:1:22: error: use of undeclared identifier" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "#include <charconv>\n"
+            "void extra(const char* text, double& x) {\n"
+            "  std::from_chars(text, text, x);\n"
+            "}\n",
+            "extra.cpp:3:8: error: 'from_chars' is unavailable: introduced in macOS 26",
+        ),
+        (
+            "#include <math.h>\n"
+            "_Float16 extra(_Float16 x) {\n"
+            "  return __sqrtf16(x);\n"
+            "}\n",
+            "extra.cpp:3:10: error: '__sqrtf16' is only available on macOS 15.0",
+        ),
+    ],
+    ids=["libc++", "libSystem"],
+)
+def test_the_compiler_refuses_what_is_newer_than_macos_14(
+    library: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    assert message in with_extra_source(tmp_path, text)
+
+
+def test_a_symbol_that_libcxx_of_macos_14_lacks_is_refused(
+    library: Path, tmp_path: Path
+) -> None:
+    # Of LLVM 21; the headers mark neither it nor those who call it.
+    message = with_extra_source(
+        tmp_path,
+        "#include <cstddef>\n"
+        "namespace std::inline __1 {\n"
+        "size_t __hash_memory(const void*, size_t);\n"
+        "}\n"
+        '__attribute__((visibility("default"))) size_t extra(const char* text) {\n'
+        "  return std::__hash_memory(text, 1);\n"
+        "}\n",
+    )
+    assert "__ZNSt3__113__hash_memoryEPKvm is not in macOS 14" in message
