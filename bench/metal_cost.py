@@ -255,18 +255,20 @@ def chart(chart_rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     chart_rows = [row for row in chart_rows if row["dtype"] == "float32"] or chart_rows
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(chart_rows) + 1.5))
     for axis, key in zip(axes, Cost._fields, strict=True):
         for i, (label, source) in enumerate(KINDS):
             values = [(row[source] if source else row)[key] for row in chart_rows]
             places = [place + (i - 1) * 0.27 for place in range(len(values))]
-            bars = axis.bar(places, values, 0.27, label=label)
-            axis.bar_label(bars, fmt="%.3g", fontsize=7)
-        axis.set_yscale("log")
-        axis.set_title(f"{key.replace('_', ' ')} (log scale)")
-        names = [row["optimizer"].replace(" ", "\n") for row in chart_rows]
-        axis.set_xticks(range(len(names)), names, fontsize=8)
-    axes[0].legend()
+            bars = axis.barh(places, values, 0.27, label=label)
+            axis.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+        axis.set_xscale("log")
+        axis.margins(x=0.1)
+        axis.invert_yaxis()
+        axis.set_title(f"{key.replace('_', ' ')} (log scale)", fontsize=10)
+        names = [row["optimizer"] for row in chart_rows]
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    axes[1].legend(fontsize=8)
     figure.suptitle(
         "One step of a transformer's 120 float32 tensors on Metal. Fused: counted in "
         "simulation; MLX: from its graph",
