@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "check.h"
+#include "cpu/loops.h"
 #include "cpu/parallel.h"
 #include "ops.h"
 #include "primitives.h"
@@ -57,15 +58,17 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
          const mlx_fused::Arrays& gradients,
          const std::vector<mlx_fused::Arrays>& states,
          const mlx::core::array& learning_rate, const mlx::core::array& step,
-         const std::optional<mlx::core::array>& gradient_scale) {
-        auto result = mlx_fused::fused_update(rule, hyperparameters, parameters,
-                                              gradients, states, learning_rate,
-                                              step, gradient_scale);
+         const std::optional<mlx::core::array>& gradient_scale,
+         bool keep_dtypes) {
+        auto result = mlx_fused::fused_update(
+            rule, hyperparameters, parameters, gradients, states, learning_rate,
+            step, gradient_scale, keep_dtypes);
         warn_of_failures();
         return result;
       },
       "rule"_a, "hyperparameters"_a, "parameters"_a, "gradients"_a, "states"_a,
       "learning_rate"_a, "step"_a, "gradient_scale"_a = nb::none(),
+      "keep_dtypes"_a = false,
       "One optimizer step; returns the new parameters and states.");
   m.def(
       "global_norm",
@@ -108,6 +111,9 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
   m.def("rule_names", &rule_names, "The rules that fused_update knows.");
   m.def("reset_trust", &mlx_fused::reset_trust,
         "Check every Metal kernel anew when it is next used.");
+  m.def(
+      "instruction_set", [] { return mlx_fused::cpu::loops().name; },
+      "The instruction set of the CPU's loops.");
   m.def("bytes_copied", &mlx_fused::bytes_copied,
         "Bytes that could not be updated in place, since the process began.");
   m.def("num_threads", &mlx_fused::cpu::num_threads,

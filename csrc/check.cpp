@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "composed.h"
+#include "metal/backend.h"
 #include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
@@ -19,7 +20,10 @@ namespace {
 using Arrays = std::vector<mx::array>;
 
 // Sizes that meet each path: a lone element, a tail, vectors, several tiles.
-const std::vector<mx::Shape> check_shapes = {{1}, {7}, {64, 3}, {9001}};
+const std::vector<mx::Shape> check_shapes = {{1},    {7},    {64, 3},
+                                             {9001}, {5, 4}, {33}};
+// Tensors of the norm's check: as many as one of its launches takes.
+constexpr size_t check_norm_count = 24;
 
 std::vector<double> check_hyperparameters(Rule rule) {
   switch (rule) {
@@ -38,6 +42,12 @@ std::vector<double> check_hyperparameters(Rule rule) {
       return {1e-8};
     case Rule::Adamax:
       return {0.9, 0.1, 0.99, 1e-8};
+    case Rule::Adafactor:
+      return {0.01};
+    case Rule::AdafactorWithMoment:
+      return {0.9, 0.1, 0.01};
+    case Rule::MuonMoment:
+      return {0.9, 0.1, 0.01, 1};
     case Rule::Scale:
       return {};
   }
@@ -58,6 +68,12 @@ mx::array sample(const mx::Shape& shape, mx::Dtype dtype, uint64_t seed) {
   return mx::astype(mx::random::uniform(0.5f, 1.5f, shape, mx::float32,
                                         mx::random::key(seed)),
                     dtype);
+}
+
+// The same values in another order in memory, so that reading strides is
+// checked too; arrays of one dimension stay as they are.
+mx::array transposed(const mx::array& a) {
+  return mx::transpose(mx::contiguous(mx::transpose(a)));
 }
 
 std::optional<std::string> compare(const mx::array& actual,
@@ -112,20 +128,21 @@ std::optional<std::string> check_update(Rule rule, mx::Dtype parameter,
                                         mx::Dtype gradient, mx::Dtype state,
                                         mx::Stream stream) try {
   const mx::StreamContext context(stream);
-  const GroupLayout layout{static_cast<int>(check_shapes.size()),
+  const GroupLayout layout{max_group_size(traits(rule).states),
                            traits(rule).states, traits(rule).reads_gradient,
                            /*scaled=*/true};
   Arrays inputs;
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
-  for (const auto& shape : check_shapes) {
+  for (int tensor = 0; tensor < layout.tensors; ++tensor) {
+    const auto& shape = check_shapes[tensor];
     for (int k = 0; k < layout.outputs_each(); ++k) {
       shapes.push_back(shape);
       dtypes.push_back(k == 0 ? parameter : state);
       inputs.push_back(sample(shape, dtypes.back(), inputs.size()));
     }
     if (layout.reads_gradient) {
-      inputs.push_back(sample(shape, gradient, inputs.size()));
+      inputs.push_back(transposed(sample(shape, gradient, inputs.size())));
     }
   }
   inputs.push_back(mx::array(0.1f));
@@ -152,15 +169,16 @@ std::optional<std::string> check_update(Rule rule, mx::Dtype parameter,
     }
   }
   return std::nullopt;
-} catch (const std::exception& error) {
+} catch (const KernelError& error) {
   return error.what();
 }
 
 std::optional<std::string> check_norm(mx::Dtype dtype, mx::Stream stream) try {
   const mx::StreamContext context(stream);
   Arrays inputs;
-  for (const auto& shape : check_shapes) {
-    inputs.push_back(sample(shape, dtype, inputs.size()));
+  for (size_t i = 0; i < check_norm_count; ++i) {
+    const auto& shape = check_shapes[i % check_shapes.size()];
+    inputs.push_back(transposed(sample(shape, dtype, i)));
   }
   inputs.push_back(mx::array(2.0f));
   mx::eval(inputs);
@@ -175,7 +193,7 @@ std::optional<std::string> check_norm(mx::Dtype dtype, mx::Stream stream) try {
     }
   }
   return std::nullopt;
-} catch (const std::exception& error) {
+} catch (const KernelError& error) {
   return error.what();
 }
 

@@ -113,6 +113,34 @@ Tensor update_adamax(const Hyperparameters& h, const mx::array& p,
   return {p - rate * next_m / plus(next_v, h[3]), next_m, next_v};
 }
 
+Tensor update_adafactor(double weight_decay, const mx::array& p,
+                        const mx::array& update,
+                        const mx::array& learning_rate) {
+  if (weight_decay == 0) {
+    return {p - update};
+  }
+  return {p + p * times(-weight_decay, mx::astype(learning_rate, p.dtype())) -
+          update};
+}
+
+Tensor update_adafactor_with_moment(const Hyperparameters& h,
+                                    const mx::array& p, const mx::array& m,
+                                    const mx::array& update,
+                                    const mx::array& learning_rate) {
+  const auto next_m = times(h[0], m) + times(h[1], update);
+  return {update_adafactor(h[2], p, next_m, learning_rate)[0], next_m};
+}
+
+Tensor update_muon_moment(const Hyperparameters& h, mx::array gradient,
+                          const mx::array& v, const mx::array& p) {
+  if (h[2] != 0) {
+    gradient = gradient + times(h[2], p);
+  }
+  const auto next_v = times(h[0], v) + times(h[1], gradient);
+  return {h[3] != 0 ? times(h[1], gradient) + times(h[0], next_v) : next_v,
+          next_v};
+}
+
 }  // namespace
 
 std::function<std::vector<mx::array>(const std::vector<mx::array>&)>
@@ -163,11 +191,27 @@ composed_update(Rule rule, std::vector<double> hyperparameters,
           updated = update_adamax(h, in(0), in(1), in(2), scaled(in(3)),
                                   learning_rate);
           break;
+        case Rule::Adafactor:
+          updated = update_adafactor(h[0], in(0), scaled(in(1)), learning_rate);
+          break;
+        case Rule::AdafactorWithMoment:
+          updated = update_adafactor_with_moment(h, in(0), in(1), scaled(in(2)),
+                                                 learning_rate);
+          break;
+        case Rule::MuonMoment:
+          updated = update_muon_moment(h, scaled(in(0)), in(1), in(2));
+          break;
         case Rule::Scale:
           updated = {scaled(in(0))};
           break;
       }
-      outputs.insert(outputs.end(), updated.begin(), updated.end());
+      for (size_t k = 0; k < updated.size(); ++k) {
+        outputs.push_back(
+            layout.scaled
+                ? mx::where(inputs[layout.gradient_scale()] < mx::array(0.0f),
+                            in(k), updated[k])
+                : updated[k]);
+      }
     }
     return outputs;
   };

@@ -79,18 +79,24 @@ Dtypes dtypes(const Tensor& tensor) {
 
 // Casts and broadcasts as mlx.optimizers' own arithmetic would: a wider
 // gradient widens what it is added to. False if no kernel does the result.
-bool prepare(Tensor& tensor, mx::StreamOrDevice s) {
+bool prepare(Tensor& tensor, bool keep_dtypes, mx::StreamOrDevice s) {
   auto& [index, in_place, gradient] = tensor;
   const auto shape = in_place[0].shape();
+  for (const auto& a : in_place) {
+    if (!has_kernels(a.dtype()) || a.shape() != shape) {
+      return false;
+    }
+  }
   if (!gradient.empty()) {
-    if (!broadcasts_to(gradient[0].shape(), shape)) {
+    if (!has_kernels(gradient[0].dtype()) ||
+        !broadcasts_to(gradient[0].shape(), shape)) {
       return false;
     }
     if (gradient[0].shape() != shape) {
       gradient[0] = mx::broadcast_to(gradient[0], shape, s);
     }
     auto widest = gradient[0].dtype();
-    for (size_t k = in_place.size(); k-- > 0;) {
+    for (size_t k = in_place.size(); k-- > 0 && !keep_dtypes;) {
       widest = mx::promote_types(widest, in_place[k].dtype());
       const auto result =
           k == 0 ? widest
@@ -98,14 +104,6 @@ bool prepare(Tensor& tensor, mx::StreamOrDevice s) {
       if (in_place[k].dtype() != result) {
         in_place[k] = mx::astype(in_place[k], result, s);
       }
-    }
-    if (!has_kernels(gradient[0].dtype())) {
-      return false;
-    }
-  }
-  for (const auto& a : in_place) {
-    if (!has_kernels(a.dtype()) || a.shape() != shape) {
-      return false;
     }
   }
   return in_place.size() < 3 || in_place[1].dtype() == in_place[2].dtype();
@@ -134,7 +132,7 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     const Arrays& parameters, const Arrays& gradients,
     const std::vector<Arrays>& states, const mx::array& learning_rate,
     const mx::array& step, const std::optional<mx::array>& gradient_scale,
-    mx::StreamOrDevice s) {
+    bool keep_dtypes, mx::StreamOrDevice s) {
   const Rule rule = rule_named(name);
   const auto& rule_traits = traits(rule);
   const size_t count = parameters.size();
@@ -147,10 +145,14 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     check_length("a state", state.size(), count);
   }
   const auto stream = mx::to_stream(s);
+  // Composed operations take the scalars as they are, kernels one dtype of
+  // each.
+  Arrays given_tail = {learning_rate, step};
   Arrays tail = {scalar("learning_rate", learning_rate, mx::float32, s),
                  scalar("step", step, mx::uint64, s)};
   if (gradient_scale) {
     tail.push_back(scalar("gradient_scale", *gradient_scale, mx::float32, s));
+    given_tail.push_back(tail.back());
   }
 
   Arrays new_parameters = parameters;
@@ -171,14 +173,20 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
       inputs.insert(inputs.end(), tensor.gradient.begin(),
                     tensor.gradient.end());
     }
-    inputs.insert(inputs.end(), tail.begin(), tail.end());
-    const auto outputs =
+    const auto& scalars = fused ? tail : given_tail;
+    inputs.insert(inputs.end(), scalars.begin(), scalars.end());
+    auto outputs =
         fused
             ? mx::array::make_arrays(std::move(shapes), types,
                                      std::make_shared<FusedUpdate>(
                                          stream, rule, hyperparameters, layout),
                                      inputs)
             : composed_update(rule, hyperparameters, layout, stream)(inputs);
+    for (size_t i = 0; i < outputs.size() && keep_dtypes; ++i) {
+      if (outputs[i].dtype() != types[i]) {
+        outputs[i] = mx::astype(outputs[i], types[i], s);
+      }
+    }
     for (size_t i = 0; i < group.size(); ++i) {
       const auto index = group[i].index;
       new_parameters[index] = outputs[layout.output(i, 0)];
@@ -211,14 +219,15 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
                                                    : parameter,
                         tensor.in_place.back().dtype(), stream);
     };
-    if (!prepare(tensor, s) || !trusted()) {
+    if (!prepare(tensor, keep_dtypes, s) || !trusted()) {
       run({std::move(original)}, /*fused=*/false);
       continue;
     }
     const bool is_large = parameters[i].size() >= large;
     auto& group = (is_large ? large_groups : small_groups)[dtypes(tensor)];
     group.push_back(std::move(tensor));
-    if (group.size() == (is_large ? full : max_group_size)) {
+    if (group.size() ==
+        (is_large ? full : max_group_size(rule_traits.states))) {
       run(group, /*fused=*/true);
       group.clear();
     }
@@ -264,7 +273,7 @@ Arrays scale(const Arrays& arrays, const mx::array& factor,
              mx::StreamOrDevice s) {
   const mx::array unused(0.0f);
   return fused_update("scale", {}, arrays, {}, {}, unused,
-                      mx::array(uint64_t{0}), factor, s)
+                      mx::array(uint64_t{0}), factor, false, s)
       .first;
 }
 

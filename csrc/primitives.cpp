@@ -1,6 +1,9 @@
 #include "primitives.h"
 
+#include <algorithm>
 #include <atomic>
+#include <sstream>
+#include <stdexcept>
 
 #include "composed.h"
 #include "mlx/allocator.h"
@@ -91,56 +94,73 @@ std::pair<std::vector<mx::array>, std::vector<int>> vmap_of(
 
 }  // namespace
 
-void place_outputs(
-    const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
-    const GroupLayout& layout,
-    const std::function<void(const mx::array&, mx::array&)>& copy,
-    const std::function<void()>& wait) {
+Placement::Placement(const std::vector<mx::array>& inputs,
+                     std::vector<mx::array>& outputs, const GroupLayout& layout,
+                     const std::function<void()>& wait)
+    : inputs_(inputs), outputs_(outputs), layout_(layout) {
   if (wait && shared_bytes(inputs, layout) >= worth_waiting) {
     wait();
   }
-  // Each output of a primitive holds the list of inputs, so none of them would
-  // ever be donatable. The other outputs can let go of theirs: the graph is
-  // walked only through the one under evaluation. Tracers are walked again.
-  bool release = true;
-  for (const auto& output : outputs) {
-    release = release && !output.is_tracer();
-  }
-  std::vector<mx::array> siblings;
+  // A tracer's graph is walked again, and keeps its inputs.
+  const bool is_traced =
+      std::any_of(outputs.begin(), outputs.end(),
+                  [](const mx::array& a) { return a.is_tracer(); });
   for (auto& output : outputs) {
-    if (release && &output.inputs() != &inputs) {
-      output.inputs().clear();
-      siblings.push_back(output);
+    targets_.emplace_back(output.shape(), output.dtype(), nullptr,
+                          std::vector<mx::array>{});
+    if (!is_traced && &output.inputs() != &inputs) {
+      released_.push_back(output);
     }
   }
-  std::vector<std::pair<int, int>> copies;
+  for (auto& output : released_) {
+    output.inputs().clear();
+  }
   try {
     for (int tensor = 0; tensor < layout.tensors; ++tensor) {
       for (int k = 0; k < layout.outputs_each(); ++k) {
         const auto& in = inputs[layout.input(tensor, k)];
-        auto& out = outputs[layout.output(tensor, k)];
-        if (can_donate(in, out)) {
-          out.copy_shared_buffer(in);
+        auto& target = targets_[layout.output(tensor, k)];
+        in_place_.push_back(can_donate(in, target));
+        if (in_place_.back()) {
+          target.copy_shared_buffer(in);
         } else {
-          out.set_data(mx::allocator::malloc(out.nbytes()));
-          copies.emplace_back(layout.input(tensor, k),
-                              layout.output(tensor, k));
+          allocate(target);
         }
       }
     }
   } catch (...) {
-    // Out of memory: put the graph back, so that it can be evaluated again.
-    for (auto& sibling : siblings) {
-      sibling.inputs() = inputs;
-    }
+    undo();
     throw;
   }
-  for (auto [in, out] : copies) {
-    if (outputs[out].size() > 0) {
-      copied += outputs[out].nbytes();
-      copy(inputs[in], outputs[out]);
-    }
+}
+
+Placement::~Placement() { undo(); }
+
+void Placement::undo() {
+  for (auto& output : released_) {
+    output.inputs() = inputs_;
   }
+  released_.clear();
+}
+
+void Placement::commit() {
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    outputs_[i].copy_shared_buffer(targets_[i]);
+    copied += in_place_[i] ? 0 : outputs_[i].nbytes();
+  }
+  released_.clear();
+}
+
+void allocate(mx::array& a) {
+  auto data = mx::allocator::malloc(a.nbytes());
+  // On the CPU MLX returns no memory rather than to throw.
+  if (a.nbytes() > 0 && data.buffer().ptr() == nullptr) {
+    std::ostringstream message;
+    message << "[mlx_fused_optimizers] no memory for an array of shape "
+            << a.shape() << ".";
+    throw std::runtime_error(message.str());
+  }
+  a.set_data(std::move(data));
 }
 
 size_t bytes_copied() { return copied; }
@@ -163,6 +183,13 @@ Walk collapse(const mx::array& a) {
   }
   if (walk.shape.empty()) {
     walk = {{1}, {1}};
+  }
+  if (walk.shape.size() > max_walk_dimensions) {
+    throw std::invalid_argument(
+        "[mlx_fused_optimizers] an array has " +
+        std::to_string(walk.shape.size()) +
+        " dimensions that cannot be walked as one; at most " +
+        std::to_string(max_walk_dimensions) + " are supported.");
   }
   return walk;
 }
@@ -188,6 +215,7 @@ std::pair<std::vector<mx::array>, std::vector<int>> FusedUpdate::vmap(
                  inputs, axes);
 }
 
+// The rule decides states and reads_gradient, too.
 bool FusedUpdate::is_equivalent(const mx::Primitive& other) const {
   const auto& update = static_cast<const FusedUpdate&>(other);
   return rule_ == update.rule_ && layout_.tensors == update.layout_.tensors &&

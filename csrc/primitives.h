@@ -16,15 +16,17 @@ namespace mlx_fused {
 namespace mx = mlx::core;
 using mx::array;  // MLX's DEFINE_ macros name it without its namespace
 
-// Tensors a primitive and a Metal launch serve at most. Four arrays a tensor
-// (Adam) and the launch's own arguments stay below Metal's 31 buffers, and the
-// cost of MLX's sibling lists, quadratic in the outputs, stays small.
-constexpr int max_group_size = 6;
+// Tensors that a primitive and a Metal launch serve at most. Five arrays a
+// tensor (the parameter counts twice, see fused_update.metal) and the launch's
+// own arguments stay within Metal's 31 buffers, and the cost of MLX's sibling
+// lists, quadratic in the outputs, stays small.
+constexpr int max_group_size(int states) { return states == 2 ? 4 : 6; }
 
 // Where the arrays of a group stand. Inputs: for each tensor its parameter, its
 // states and its gradient; then learning rate (float32), step (uint64) and, if
-// scaled, the factor that multiplies every gradient (float32). Outputs: for
-// each tensor its parameter and states.
+// scaled, the factor that multiplies every gradient (float32), or a negative
+// number: then nothing is changed. Outputs: for each tensor its parameter and
+// states.
 struct GroupLayout {
   int tensors;
   int states;
@@ -97,24 +99,63 @@ class GlobalNorm : public mx::Primitive {
   }
 };
 
-// Gives each output of a group the memory that it is updated in. That is the
-// matching input's own memory when nothing else holds it; otherwise new memory,
-// and copy(input, output) is called to fill it (output is row-contiguous).
-// Earlier work that is still under way holds what it reads: wait(), if given,
-// returns when that is done, and is called when enough depends on it.
-// Nothing may throw once copies or updates are on their way, so every
-// allocation is made before the first call of copy.
-void place_outputs(
-    const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
-    const GroupLayout& layout,
-    const std::function<void(const mx::array&, mx::array&)>& copy,
-    const std::function<void()>& wait = nullptr);
+// The memory in which a group's outputs are computed: the matching input's own
+// when nothing else holds it, otherwise new memory, row-contiguous, which the
+// caller fills from the input.
+//
+// Each output of a primitive holds the list of its inputs, so that none of them
+// would ever be donatable; the other outputs are made to let go of theirs.
+// Until commit() that is undone when an exception comes: what MLX's streams and
+// allocators throw leaves the graph such that it can be evaluated again.
+class Placement {
+ public:
+  // Earlier work that is still under way holds what it reads: wait(), if given,
+  // returns when that is done, and is called when enough depends on it.
+  Placement(const std::vector<mx::array>& inputs,
+            std::vector<mx::array>& outputs, const GroupLayout& layout,
+            const std::function<void()>& wait = nullptr);
+  ~Placement();
+  Placement(const Placement&) = delete;
+  Placement& operator=(const Placement&) = delete;
 
-// Bytes that place_outputs could not update in place, since the process began.
+  // An array with the memory of output(tensor, k).
+  mx::array& target(int tensor, int k) {
+    return targets_[layout_.output(tensor, k)];
+  }
+  // Whether that is the input's memory.
+  bool in_place(int tensor, int k) const {
+    return in_place_[layout_.output(tensor, k)];
+  }
+  // Gives the outputs their memory: the work on it is under way.
+  void commit();
+
+ private:
+  void undo();
+
+  const std::vector<mx::array>& inputs_;
+  std::vector<mx::array>& outputs_;
+  GroupLayout layout_;
+  std::vector<mx::array> targets_;
+  std::vector<bool> in_place_;
+  std::vector<mx::array> released_;
+};
+
+// Whether an earlier evaluation put the work under way before MLX threw. It
+// must not be done twice.
+inline bool is_placed(const std::vector<mx::array>& outputs) {
+  return outputs[0].data_shared_ptr() != nullptr;
+}
+
+// Memory for an array; throws std::runtime_error if there is none.
+void allocate(mx::array& a);
+
+// Bytes that could not be updated in place, since the process began.
 size_t bytes_copied();
 
 // An array's strides with the dimensions that can be walked as one merged and
-// those of size 1 left out: at least one dimension, outermost first.
+// those of size 1 left out: at least one dimension, outermost first. Throws
+// std::invalid_argument for more than max_walk_dimensions.
+constexpr size_t max_walk_dimensions = 64;
 struct Walk {
   std::vector<int64_t> shape;
   std::vector<int64_t> strides;

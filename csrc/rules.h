@@ -29,7 +29,9 @@ inline float sqrt(float x) { return __builtin_sqrtf(x); }
   apply(SGD, "sgd") apply(Momentum, "momentum") apply(Adam, "adam")           \
       apply(Lion, "lion") apply(RMSprop, "rmsprop") apply(Adagrad, "adagrad") \
           apply(AdaDelta, "adadelta") apply(Adamax, "adamax")                 \
-              apply(Scale, "scale")
+              apply(Adafactor, "adafactor")                                   \
+                  apply(AdafactorWithMoment, "adafactor_with_moment")         \
+                      apply(MuonMoment, "muon_moment") apply(Scale, "scale")
 
 enum class Rule {
 #define MLX_FUSED_RULE(type, name) type,

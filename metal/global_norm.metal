@@ -30,6 +30,12 @@ METAL_FUNC float threadgroup_sum(
   return simd_sum(lane < simdgroups ? sums[lane] : 0);
 }
 
+METAL_FUNC void add_squares(const thread float* values, thread float& sum) {
+  FOR_EACH_OF_VECTOR {
+    sum += values[i] * values[i];
+  }
+}
+
 template <typename G>
 [[kernel]] void sum_of_squares(
     const device G* g0 [[buffer(0)]],
@@ -67,12 +73,14 @@ template <typename G>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float sums[simd_size];
-  const device G* gradients[24] = {
-      g0, g1, g2, g3, g4, g5, g6, g7,
-      g8, g9, g10, g11, g12, g13, g14, g15,
-      g16, g17, g18, g19, g20, g21, g22, g23};
   const uint i = tensor_of_tile(tile, tensors, count);
-  const device G* gradient = gradients[i];
+  const device G* gradient =
+      i < 6 ? one_of_six<const G>(i, g0, g1, g2, g3, g4, g5)
+      : i < 12
+      ? one_of_six<const G>(i - 6, g6, g7, g8, g9, g10, g11)
+      : i < 18
+      ? one_of_six<const G>(i - 12, g12, g13, g14, g15, g16, g17)
+      : one_of_six<const G>(i - 18, g18, g19, g20, g21, g22, g23);
   float sum = 0;
   for (int vector = 0; vector < vectors_each; ++vector) {
     const int64_t start =
@@ -82,9 +90,7 @@ template <typename G>
         rest < 0 ? 0 : rest < vector_size ? int(rest) : vector_size;
     float values[vector_size];
     load_gradient(gradient, tensors[i], walks, start, elements, values);
-    for (int k = 0; k < elements; ++k) {
-      sum += values[k] * values[k];
-    }
+    add_squares(values, sum);
   }
   sum = threadgroup_sum(sum, sums, simdgroups, simdgroup, lane);
   if (thread_index == 0) {

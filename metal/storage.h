@@ -1,6 +1,12 @@
 // Four neighbouring elements between device memory and float registers. The
 // only place that knows dtypes: arithmetic is in float32, and each result is
-// rounded once, here.
+// rounded once, here. Loops over the four have constant bounds, so that the
+// registers are not spilled to memory; past the end zeros are computed with, and
+// nothing is stored.
+
+#define FOR_EACH_OF_VECTOR           \
+  _Pragma("clang loop unroll(full)") \
+  for (int i = 0; i < vector_size; ++i)
 
 template <typename T>
 METAL_FUNC void load_vector(
@@ -12,12 +18,12 @@ METAL_FUNC void load_vector(
   if (vectorized && count == vector_size) {
     const float4 values =
         float4(*reinterpret_cast<const device vec<T, 4>*>(in + start));
-    for (int i = 0; i < vector_size; ++i) {
+    FOR_EACH_OF_VECTOR {
       out[i] = values[i];
     }
   } else {
-    for (int i = 0; i < count; ++i) {
-      out[i] = static_cast<float>(in[start + i]);
+    FOR_EACH_OF_VECTOR {
+      out[i] = i < count ? static_cast<float>(in[start + i]) : 0.0f;
     }
   }
 }
@@ -31,13 +37,15 @@ METAL_FUNC void store_vector(
     device T* out) {
   if (vectorized && count == vector_size) {
     vec<T, 4> rounded;
-    for (int i = 0; i < vector_size; ++i) {
+    FOR_EACH_OF_VECTOR {
       rounded[i] = static_cast<T>(values[i]);
     }
     *reinterpret_cast<device vec<T, 4>*>(out + start) = rounded;
   } else {
-    for (int i = 0; i < count; ++i) {
-      out[start + i] = static_cast<T>(values[i]);
+    FOR_EACH_OF_VECTOR {
+      if (i < count) {
+        out[start + i] = static_cast<T>(values[i]);
+      }
     }
   }
 }
@@ -54,9 +62,12 @@ METAL_FUNC void load_gradient(
   if (tensor.dimensions == 0) {
     load_vector(in, start, count, tensor.vectorized != 0, out);
   } else {
-    for (int i = 0; i < count; ++i) {
-      out[i] = static_cast<float>(
-          in[locate(start + i, walks + tensor.walk, tensor.dimensions)]);
+    FOR_EACH_OF_VECTOR {
+      out[i] = 0;
+      if (i < count) {
+        out[i] = static_cast<float>(
+            in[locate(start + i, walks + tensor.walk, tensor.dimensions)]);
+      }
     }
   }
 }
@@ -71,4 +82,21 @@ METAL_FUNC uint tensor_of_tile(
     ++tensor;
   }
   return tensor;
+}
+
+template <typename T>
+METAL_FUNC device T* one_of_six(
+    uint i,
+    device T* a0,
+    device T* a1,
+    device T* a2,
+    device T* a3,
+    device T* a4,
+    device T* a5) {
+  return i == 0 ? a0
+      : i == 1  ? a1
+      : i == 2  ? a2
+      : i == 3  ? a3
+      : i == 4  ? a4
+                : a5;
 }

@@ -12,6 +12,9 @@
 //   update(g, p, s)                  once an element: gradient g changes the
 //                                    parameter p and its states s[0], s[1]
 //
+// The schedule multiplies the gradient by the gradient scale first: g, or p for
+// the rules whose gradient_in_place says that they change the gradient itself.
+//
 // Operations stand in the order in which mlx.optimizers does them, so float32
 // results agree to the last bits. Pairs such as beta1 and 1 - beta1 come as two
 // hyper-parameters because Python rounds each of them from float64.
@@ -20,6 +23,7 @@
 struct SGD {
   static constexpr constant int states = 0;
   static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
   static constexpr constant int hyperparameters = 1;
 
   float weight_decay;
@@ -32,7 +36,7 @@ struct SGD {
     return rule;
   }
 
-  void update(float g, thread float& p, thread float* s) const {
+  void update(float g, thread float& p, thread float* s) const thread {
     if (weight_decay != 0) {
       g = g + weight_decay * p;
     }
@@ -46,6 +50,7 @@ struct SGD {
 struct Momentum {
   static constexpr constant int states = 1;
   static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
   static constexpr constant int hyperparameters = 4;
 
   float momentum;
@@ -64,7 +69,7 @@ struct Momentum {
     return rule;
   }
 
-  void update(float g, thread float& p, thread float* s) const {
+  void update(float g, thread float& p, thread float* s) const thread {
     if (weight_decay != 0) {
       g = g + weight_decay * p;
     }
@@ -80,6 +85,7 @@ struct Momentum {
 struct Adam {
   static constexpr constant int states = 2;
   static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
   static constexpr constant int hyperparameters = 7;
 
   float beta1;
@@ -110,7 +116,7 @@ struct Adam {
     return rule;
   }
 
-  void update(float g, thread float& p, thread float* s) const {
+  void update(float g, thread float& p, thread float* s) const thread {
     const float m = beta1 * s[0] + one_minus_beta1 * g;
     const float v = beta2 * s[1] + one_minus_beta2 * (g * g);
     s[0] = m;
@@ -126,6 +132,7 @@ struct Adam {
 struct Lion {
   static constexpr constant int states = 1;
   static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
   static constexpr constant int hyperparameters = 5;
 
   float beta1;
@@ -146,7 +153,7 @@ struct Lion {
     return rule;
   }
 
-  void update(float g, thread float& p, thread float* s) const {
+  void update(float g, thread float& p, thread float* s) const thread {
     const float c = beta1 * s[0] + one_minus_beta1 * g;
     s[0] = beta2 * s[0] + one_minus_beta2 * g;
     const float sign = float(c > 0) - float(c < 0);
@@ -160,6 +167,7 @@ struct Lion {
 struct RMSprop {
   static constexpr constant int states = 1;
   static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
   static constexpr constant int hyperparameters = 3;
 
   float alpha;
@@ -176,7 +184,7 @@ struct RMSprop {
     return rule;
   }
 
-  void update(float g, thread float& p, thread float* s) const {
+  void update(float g, thread float& p, thread float* s) const thread {
     const float v = alpha * s[0] + one_minus_alpha * (g * g);
     s[0] = v;
     p = p - learning_rate * g / (metal::precise::sqrt(v) + eps);
@@ -189,6 +197,7 @@ struct RMSprop {
 struct Adagrad {
   static constexpr constant int states = 1;
   static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
   static constexpr constant int hyperparameters = 1;
 
   float eps;
@@ -201,7 +210,7 @@ struct Adagrad {
     return rule;
   }
 
-  void update(float g, thread float& p, thread float* s) const {
+  void update(float g, thread float& p, thread float* s) const thread {
     const float v = s[0] + g * g;
     s[0] = v;
     p = p - learning_rate * g / (metal::precise::sqrt(v) + eps);
@@ -213,6 +222,7 @@ struct Adagrad {
 struct AdaDelta {
   static constexpr constant int states = 2;
   static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
   static constexpr constant int hyperparameters = 3;
 
   float rho;
@@ -229,7 +239,7 @@ struct AdaDelta {
     return rule;
   }
 
-  void update(float g, thread float& p, thread float* s) const {
+  void update(float g, thread float& p, thread float* s) const thread {
     const float v = rho * s[0] + one_minus_rho * (g * g);
     const float d =
         metal::precise::sqrt(s[1] + eps) / metal::precise::sqrt(v + eps) * g;
@@ -245,6 +255,7 @@ struct AdaDelta {
 struct Adamax {
   static constexpr constant int states = 2;
   static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
   static constexpr constant int hyperparameters = 4;
 
   float beta1;
@@ -263,7 +274,7 @@ struct Adamax {
     return rule;
   }
 
-  void update(float g, thread float& p, thread float* s) const {
+  void update(float g, thread float& p, thread float* s) const thread {
     const float m = beta1 * s[0] + one_minus_beta1 * g;
     const float decayed = beta2 * s[1];
     const float magnitude = metal::abs(g);
@@ -276,18 +287,102 @@ struct Adamax {
   }
 };
 
-// Multiplies by the gradient scale, which arrives in the gradient's place: the
-// second half of clip_grad_norm.
+// The end of an Adafactor step, in which g is the factored update, gradient
+// scale the step size over its clipped root mean square, and learning_rate the
+// parameter's own; s[0] is the first moment.
+// Shazeer and Stern, "Adafactor: Adaptive learning rates with sublinear memory
+// cost", ICML 2018, algorithm 4.
+struct AdafactorWithMoment {
+  static constexpr constant int states = 1;
+  static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
+  static constexpr constant int hyperparameters = 3;
+
+  float beta1;
+  float one_minus_beta1;
+  float decay;
+
+  static AdafactorWithMoment prepare(constant float* h, float learning_rate,
+                                     float step) {
+    AdafactorWithMoment rule;
+    rule.beta1 = h[0];
+    rule.one_minus_beta1 = h[1];
+    rule.decay = h[2] * learning_rate;
+    return rule;
+  }
+
+  void update(float g, thread float& p, thread float* s) const thread {
+    s[0] = beta1 * s[0] + one_minus_beta1 * g;
+    p = p - p * decay - s[0];
+  }
+};
+
+// The same without first moment.
+struct Adafactor {
+  static constexpr constant int states = 0;
+  static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = false;
+  static constexpr constant int hyperparameters = 1;
+
+  float decay;
+
+  static Adafactor prepare(constant float* h, float learning_rate, float step) {
+    Adafactor rule;
+    rule.decay = h[0] * learning_rate;
+    return rule;
+  }
+
+  void update(float g, thread float& p, thread float* s) const thread {
+    p = p - p * decay - g;
+  }
+};
+
+// The beginning of a Muon step: p is the gradient, which becomes the update
+// that is then made orthogonal; g is the parameter, which is only read; s[0] is
+// v. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024.
+struct MuonMoment {
+  static constexpr constant int states = 1;
+  static constexpr constant bool reads_gradient = true;
+  static constexpr constant bool gradient_in_place = true;
+  static constexpr constant int hyperparameters = 4;
+
+  float momentum;
+  float one_minus_momentum;
+  float weight_decay;
+  float nesterov;  // 0 or 1
+
+  static MuonMoment prepare(constant float* h, float learning_rate,
+                            float step) {
+    MuonMoment rule;
+    rule.momentum = h[0];
+    rule.one_minus_momentum = h[1];
+    rule.weight_decay = h[2];
+    rule.nesterov = h[3];
+    return rule;
+  }
+
+  void update(float g, thread float& p, thread float* s) const thread {
+    float gradient = p;
+    if (weight_decay != 0) {
+      gradient = gradient + weight_decay * g;
+    }
+    const float v = momentum * s[0] + one_minus_momentum * gradient;
+    s[0] = v;
+    p = nesterov != 0 ? gradient * one_minus_momentum + v * momentum : v;
+  }
+};
+
+// Multiplies by the gradient scale and no more: the second half of
+// clip_grad_norm.
 struct Scale {
   static constexpr constant int states = 0;
   static constexpr constant bool reads_gradient = false;
+  static constexpr constant bool gradient_in_place = true;
   static constexpr constant int hyperparameters = 0;
 
   static Scale prepare(constant float* h, float learning_rate, float step) {
     return Scale();
   }
 
-  void update(float scale, thread float& p, thread float* s) const {
-    p = p * scale;
-  }
+  void update(float g, thread float& p, thread float* s) const thread {}
 };

@@ -29,7 +29,32 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("AdaDelta", {"rho": 0.8}),
     ("Adamax", {}),
 ]
-OPTIMIZER_IDS = [f"{name}-{'-'.join(options)}" for name, options in OPTIMIZERS]
+# Those of which parts are MLX's own operations.
+PARTLY_FUSED: list[tuple[str, dict[str, Any]]] = [
+    ("Adafactor", {}),
+    ("Adafactor", {"beta_1": 0.9, "weight_decay": 0.1, "warmup_init": True}),
+    ("Adafactor", {"relative_step": False, "scale_parameter": False}),
+    ("Muon", {}),
+    ("Muon", {"nesterov": False, "weight_decay": 0.0}),
+]
+ALL_OPTIMIZERS = [*OPTIMIZERS, *PARTLY_FUSED]
+# With weight decay left to the test.
+DECAYING_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {}),
+    ("SGD", {"momentum": 0.9}),
+    ("AdamW", {"bias_correction": True}),
+    ("Lion", {}),
+    ("Adafactor", {"beta_1": 0.9}),
+    ("Muon", {}),
+]
+
+
+def optimizer_ids(optimizers: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Names for pytest."""
+    return [f"{name}-{'-'.join(options)}" for name, options in optimizers]
+
+
+OPTIMIZER_IDS = optimizer_ids(OPTIMIZERS)
 
 
 def random_array(

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from support import (
+    ALL_OPTIMIZERS,
     FLOATS,
     LAYOUTS,
     OPTIMIZER_IDS,
@@ -20,6 +21,7 @@ from support import (
     assert_trees_match,
     copy_tree,
     fill,
+    optimizer_ids,
     random_array,
     snapshot,
     to_numpy,
@@ -31,6 +33,9 @@ STEP_TOLERANCE = 2e-6
 
 every_optimizer = pytest.mark.parametrize(
     ("name", "options"), OPTIMIZERS, ids=OPTIMIZER_IDS
+)
+every_optimizer_and_partly_fused = pytest.mark.parametrize(
+    ("name", "options"), ALL_OPTIMIZERS, ids=optimizer_ids(ALL_OPTIMIZERS)
 )
 # The backend fixture sets a device for the whole test, which suits every example.
 many = settings(
@@ -46,12 +51,12 @@ many = settings(
 
 def both(name: str, options: dict[str, Any], learning_rate: Any = 1e-2) -> Any:
     return (
-        getattr(optim, name)(learning_rate, **options),
-        getattr(stock, name)(learning_rate, **options),
+        getattr(optim, name)(learning_rate=learning_rate, **options),
+        getattr(stock, name)(learning_rate=learning_rate, **options),
     )
 
 
-@every_optimizer
+@every_optimizer_and_partly_fused
 @many
 @given(shapes=trees(), seed=st.integers(0, 2**32), layout=st.sampled_from([*LAYOUTS]))
 def test_one_step_of_float32_agrees(
@@ -74,7 +79,7 @@ def test_one_step_of_float32_agrees(
         assert_trees_match(ours.state, theirs.state, STEP_TOLERANCE, 1e-8)
 
 
-@every_optimizer
+@every_optimizer_and_partly_fused
 def test_hundred_steps_of_float32_agree(
     backend: str, name: str, options: dict[str, Any]
 ) -> None:
@@ -192,7 +197,7 @@ def test_mixed_dtypes_promote_as_in_mlx(
         assert_trees_match(mine, theirs, tolerance, tolerance)
 
 
-@every_optimizer
+@every_optimizer_and_partly_fused
 def test_other_dtypes_take_the_composed_path(
     backend: str, name: str, options: dict[str, Any]
 ) -> None:
@@ -287,7 +292,7 @@ def train(
         mx.eval(model.parameters(), optimizer.state)
 
 
-@every_optimizer
+@every_optimizer_and_partly_fused
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_documented_training_loop(
     backend: str, name: str, options: dict[str, Any], compiled: bool
@@ -299,7 +304,7 @@ def test_documented_training_loop(
         for module in (optim, stock)
     ]
     ours, theirs = (
-        getattr(module, name)(schedule, **options)
+        getattr(module, name)(learning_rate=schedule, **options)
         for module, schedule in zip((optim, stock), schedules, strict=True)
     )
     mine, reference = make_model(1), make_model(1)
@@ -310,20 +315,20 @@ def test_documented_training_loop(
     assert_trees_match(ours.state, theirs.state, 1e-3, 1e-5)
 
 
-@every_optimizer
+@every_optimizer_and_partly_fused
 def test_checkpoints_of_either_library_load_in_the_other(
     backend: str, name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     for saver, loader in [(stock, optim), (optim, stock)]:
         model = make_model(2)
-        optimizer = getattr(saver, name)(1e-2, **options)
+        optimizer = getattr(saver, name)(learning_rate=1e-2, **options)
         train(model, optimizer, 3)
         path = str(tmp_path / "optimizer.safetensors")
         mx.save_safetensors(path, dict(tree_flatten(optimizer.state)))
 
         other = make_model(3)
         other.update(model.parameters())
-        resumed = getattr(loader, name)(1e-2, **options)
+        resumed = getattr(loader, name)(learning_rate=1e-2, **options)
         resumed.state = tree_unflatten(list(load(path).items()))
         assert snapshot(resumed.state) == snapshot(optimizer.state)
         train(model, optimizer, 3)
@@ -339,7 +344,10 @@ def test_every_public_name_of_mlx_optimizers_is_here() -> None:
         if getattr(value, "__module__", "").startswith("mlx.optimizers")
     }
     assert public <= set(optim.__all__)
+    assert optim.schedulers.cosine_decay is optim.cosine_decay
     for name in public:
         value = getattr(optim, name)
         if isinstance(value, type):
             assert issubclass(value, getattr(stock, name))
+            if issubclass(value, stock.Optimizer):
+                assert issubclass(value, optim.Optimizer)

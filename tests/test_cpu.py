@@ -3,49 +3,60 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
 from mlx_fused_optimizers import _ext
-from support import FLOATS, random_array, snapshot
+from support import random_array, snapshot
 
 DIGEST = """
 import hashlib, sys
 import mlx.core as mx, numpy as np
 import mlx_fused_optimizers as optim
+from mlx_fused_optimizers import _ext
+from support import OPTIMIZERS
 
 mx.set_default_device(mx.cpu)
 digest = hashlib.sha256()
 rng = np.random.default_rng(0)
 for dtype in (mx.float32, mx.float16, mx.bfloat16):
     draw = lambda: mx.array(rng.standard_normal(70001).astype(np.float32)).astype(dtype)
-    for make in (optim.AdamW, optim.Lion, lambda lr: optim.SGD(lr, momentum=0.9)):
-        parameters, optimizer = {"w": draw()}, make(1e-2)
+    for name, options in OPTIMIZERS:
+        parameters = {"w": draw()}
+        optimizer = getattr(optim, name)(1e-2, **options)
         for _ in range(3):
             gradients, norm = optim.clip_grad_norm({"w": draw()}, 100.0)
             parameters = optimizer.apply_gradients(gradients, parameters)
             digest.update(np.array(norm.astype(mx.float32)).tobytes())
         digest.update(np.array(parameters["w"].astype(mx.float32)).tobytes())
-print(digest.hexdigest())
+print(_ext.instruction_set(), digest.hexdigest())
 """
 
 
-def digest(**environment: str) -> str:
-    return subprocess.run(
+def digest(**environment: str) -> tuple[str, str]:
+    """The instruction set that was used, and a digest of many results."""
+    path = os.pathsep.join(
+        [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    )
+    done = subprocess.run(
         [sys.executable, "-c", DIGEST],
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         check=True,
-    ).stdout
+    )
+    name, result = done.stdout.split()
+    return name, result
 
 
 def test_instruction_sets_give_the_same_bits() -> None:
-    fastest = digest()
-    for name in ("default", "v3", "v4"):
-        assert digest(MLX_FUSED_INSTRUCTION_SET=name) == fastest
+    fastest, expected = digest()
+    sets = ["default", "v3", "v4"]  # a machine that has one has those before it
+    for name in sets[: sets.index(fastest) + 1]:
+        assert digest(MLX_FUSED_INSTRUCTION_SET=name) == (name, expected)
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
@@ -64,7 +75,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     finally:
         _ext.set_num_threads(threads)
     assert all(result == results[0] for result in results)
-    with pytest.raises(ValueError, match="count is 0; expected at least 1"):
+    with pytest.raises(ValueError, match="count is 0; expected 1 to 256"):
         _ext.set_num_threads(0)
 
 
@@ -120,8 +131,3 @@ def test_refused_arguments_name_what_was_given() -> None:
         _ext.fused_update("sgd", [0.0], [one], [one], [], one, mx.array([1, 2]))
     with pytest.raises(ValueError, match="dtype int32; expected float32, float16"):
         _ext.global_norm([mx.array([1])], one)
-
-
-def test_float_dtypes_are_those_with_kernels() -> None:
-    for dtype in FLOATS:
-        _ext.global_norm([mx.zeros((2,), dtype)], mx.array(1.0))

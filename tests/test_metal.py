@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,20 @@ def test_indices_beyond_32_bits() -> None:
     np.testing.assert_array_equal(locations, np.array(strides) @ positions)
     assert starts.max() > 1 << 39
     assert locations.max() > 1 << 39
+
+
+def test_the_sources_are_conservative() -> None:
+    """What newer versions of the language would refuse or read otherwise."""
+    for path in METAL.iterdir():
+        text = path.read_text()
+        assert text.isascii(), path  # MLX hands it to Metal as ASCII
+        # From version 4.1 on, what has no address space is generic.
+        assert ") const {" not in text, path
+        code = "\n".join(line.split("//")[0] for line in text.splitlines())
+        for declaration in re.findall(r"[^;{}(),=]*[A-Za-z0-9_>][*&] ?[a-z]\w*", code):
+            if "&&" in declaration or " * " in declaration:
+                continue
+            assert re.search(r"\b(device|constant|thread|threadgroup)\b", declaration)
 
 
 @simulated

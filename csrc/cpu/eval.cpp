@@ -2,12 +2,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <optional>
 #include <vector>
 
 #include "../primitives.h"
 #include "loops.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/device.h"
 #include "parallel.h"
 
 namespace mlx_fused {
@@ -28,7 +31,7 @@ struct View {
   bool row_contiguous;
   Walk walk;
 
-  View(const mx::array& a)
+  explicit View(const mx::array& a)
       : data(const_cast<char*>(a.data<char>())),
         dtype(a.dtype().val()),
         size(a.size()),
@@ -47,7 +50,8 @@ template <typename T>
 void gather(const View& view, size_t start, size_t n, char* out) {
   const auto& [shape, strides] = view.walk;
   const int last = static_cast<int>(shape.size()) - 1;
-  std::vector<int64_t> position(shape.size());
+  // Nothing here may throw: other threads are at work on the same tensors.
+  int64_t position[max_walk_dimensions];
   const T* in = reinterpret_cast<const T*>(view.data);
   int64_t rest = static_cast<int64_t>(start);
   for (int d = last; d >= 0; --d) {
@@ -130,77 +134,98 @@ void for_each_piece(const std::vector<size_t>& sizes, F piece) {
   });
 }
 
-void copy_to(const mx::array& in, mx::array& out, mx::Stream stream) {
-  mx::cpu::get_command_encoder(stream).dispatch(
-      [from = View(in), to = View(out)] {
-        for_each_piece({to.size}, [&](size_t, size_t, size_t start, size_t n) {
-          gather(from, start, n, to.at(start));
-        });
-      });
-}
-
 }  // namespace
 
 void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
                            std::vector<mx::array>& outputs) {
-  place_outputs(
-      inputs, outputs, layout_,
-      [&](const mx::array& in, mx::array& out) { copy_to(in, out, stream()); },
-      [&] { mx::synchronize(stream()); });
+  if (is_placed(outputs)) {
+    return;
+  }
+  // With a GPU, this stream may itself wait for work that the GPU gets only
+  // when the graph has been walked to its end.
+  const auto wait = [&] { mx::synchronize(stream()); };
+  const bool can_wait = !mx::is_available(mx::Device(mx::Device::gpu));
+  Placement placement(inputs, outputs, layout_,
+                      can_wait ? std::function<void()>(wait) : nullptr);
 
-  std::vector<View> in_place(outputs.begin(), outputs.end());
-  std::vector<View> gradients;
+  struct Tensor {
+    std::vector<View> targets;                 // parameter and states
+    std::vector<std::optional<View>> sources;  // where not in place
+    std::optional<View> gradient;
+  };
+  std::vector<Tensor> tensors(layout_.tensors);
   std::vector<size_t> sizes;
-  for (int tensor = 0; tensor < layout_.tensors; ++tensor) {
-    sizes.push_back(outputs[layout_.output(tensor, 0)].size());
-    if (layout_.reads_gradient) {
-      gradients.push_back(inputs[layout_.gradient(tensor)]);
+  for (int i = 0; i < layout_.tensors; ++i) {
+    auto& tensor = tensors[i];
+    for (int k = 0; k < layout_.outputs_each(); ++k) {
+      tensor.targets.emplace_back(placement.target(i, k));
+      tensor.sources.emplace_back();
+      if (!placement.in_place(i, k)) {
+        tensor.sources.back().emplace(inputs[layout_.input(i, k)]);
+      }
     }
+    if (layout_.reads_gradient) {
+      tensor.gradient.emplace(inputs[layout_.gradient(i)]);
+    }
+    sizes.push_back(tensor.targets[0].size);
   }
   const auto* learning_rate = inputs[layout_.learning_rate()].data<float>();
   const auto* step = inputs[layout_.step()].data<uint64_t>();
   const auto* scale =
       layout_.scaled ? inputs[layout_.gradient_scale()].data<float>() : nullptr;
 
+  // The only dispatch: when it throws, nothing has been done.
   mx::cpu::get_command_encoder(stream()).dispatch(
       [=, rule = rule_, layout = layout_, h = float_hyperparameters(),
-       in_place = std::move(in_place), gradients = std::move(gradients),
-       sizes = std::move(sizes)] {
+       tensors = std::move(tensors), sizes = std::move(sizes)] {
         const float rate = *learning_rate;
         const float count = static_cast<float>(*step);
         const float gradient_scale = scale ? *scale : 1;
-        for_each_piece(sizes, [&](size_t, size_t tensor, size_t start,
-                                  size_t n) {
+        // A negative scale says that nothing is to change.
+        const bool skip = gradient_scale < 0;
+        for_each_piece(sizes, [&](size_t, size_t i, size_t start, size_t n) {
+          const auto& tensor = tensors[i];
           alignas(64) float buffers[4][cpu::block_size];
           for (size_t end = start + n; start < end; start += cpu::block_size) {
             const size_t block = std::min(cpu::block_size, end - start);
+            for (int k = 0; k < layout.outputs_each(); ++k) {
+              if (tensor.sources[k]) {
+                gather(*tensor.sources[k], start, block,
+                       tensor.targets[k].at(start));
+              }
+            }
+            if (skip) {
+              continue;
+            }
             float* values[3] = {};  // parameter and states
             for (int k = 0; k < layout.outputs_each(); ++k) {
-              values[k] = load(in_place[layout.output(tensor, k)], start, block,
-                               buffers[k]);
+              values[k] = load(tensor.targets[k], start, block, buffers[k]);
             }
             const float* gradient =
-                layout.reads_gradient
-                    ? load(gradients[tensor], start, block, buffers[3])
+                tensor.gradient
+                    ? load(*tensor.gradient, start, block, buffers[3])
                     : nullptr;
             cpu::loops().update(rule, h.data(), rate, count, gradient_scale,
                                 values[0], gradient, values[1], values[2],
                                 block);
             for (int k = 0; k < layout.outputs_each(); ++k) {
-              store(in_place[layout.output(tensor, k)], start, block,
-                    values[k]);
+              store(tensor.targets[k], start, block, values[k]);
             }
           }
         });
       });
+  placement.commit();
 }
 
 void GlobalNorm::eval_cpu(const std::vector<mx::array>& inputs,
                           std::vector<mx::array>& outputs) {
   for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    allocate(output);
   }
-  std::vector<View> views(inputs.begin(), inputs.end() - 1);
+  std::vector<View> views;
+  for (size_t i = 0; i + 1 < inputs.size(); ++i) {
+    views.emplace_back(inputs[i]);
+  }
   std::vector<size_t> sizes;
   size_t pieces = 0;
   for (const auto& view : views) {

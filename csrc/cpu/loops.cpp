@@ -36,11 +36,16 @@ void update_with(const float* h, float learning_rate, float step,
       s[1] = s1[i];
     }
     float parameter = p[i];
+    float gradient = 0;
     if constexpr (R::reads_gradient) {
-      rule.update(g[i] * gradient_scale, parameter, s);
-    } else {
-      rule.update(gradient_scale, parameter, s);
+      gradient = g[i];
     }
+    if constexpr (R::gradient_in_place) {
+      parameter *= gradient_scale;
+    } else {
+      gradient *= gradient_scale;
+    }
+    rule.update(gradient, parameter, s);
     p[i] = parameter;
     if constexpr (R::states > 0) {
       s0[i] = s[0];
@@ -178,7 +183,12 @@ void store_bfloat16(const float* in, uint16_t* out, size_t n) {
 }  // namespace
 
 extern const Loops MLX_FUSED_LOOPS;
-const Loops MLX_FUSED_LOOPS = {update,        add_squares,   load_float16,
-                               store_float16, load_bfloat16, store_bfloat16};
+const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
+                               update,
+                               add_squares,
+                               load_float16,
+                               store_float16,
+                               load_bfloat16,
+                               store_bfloat16};
 
 }  // namespace mlx_fused::cpu

@@ -18,8 +18,10 @@ constexpr size_t block_size = 512;
 constexpr size_t sum_lanes = 32;
 
 struct Loops {
-  // Updates n parameters p with gradients g, or with gradient_scale alone if g
-  // is null. h points to the rule's hyper-parameters.
+  const char* name;  // of the instruction set
+
+  // Updates n parameters p with gradients g, which is null for a rule that
+  // reads none. h points to the rule's hyper-parameters.
   void (*update)(Rule rule, const float* h, float learning_rate, float step,
                  float gradient_scale, float* p, const float* g, float* s0,
                  float* s1, size_t n);

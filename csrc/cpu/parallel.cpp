@@ -1,14 +1,19 @@
 #include "parallel.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <future>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "mlx/threadpool.h"
@@ -17,43 +22,74 @@ namespace mlx_fused::cpu {
 
 namespace {
 
+// More are never useful, and might be more than the system gives.
+constexpr int max_threads = 256;
+
 int default_threads() {
-  const char* text = std::getenv("MLX_FUSED_NUM_THREADS");
-  const int wanted = text ? std::atoi(text) : 0;
   const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  return std::max(wanted > 0 ? wanted : cores, 1);
+  int wanted = 0;
+  if (const char* text = std::getenv("MLX_FUSED_NUM_THREADS")) {
+    const auto [end, error] =
+        std::from_chars(text, text + std::strlen(text), wanted);
+    if (error != std::errc() || *end != 0 || wanted < 1) {
+      throw std::invalid_argument(std::string("MLX_FUSED_NUM_THREADS is \"") +
+                                  text +
+                                  "\"; expected a number of at least 1.");
+    }
+  }
+  return std::clamp(wanted > 0 ? wanted : cores, 1, max_threads);
 }
 
-std::mutex pool_mutex;
-int threads = default_threads();
-std::shared_ptr<ThreadPool> pool;
+struct Pool {
+  std::mutex mutex;
+  int threads = default_threads();
+  std::shared_ptr<ThreadPool> workers;  // made at first use
+  pid_t process = 0;                    // that made them
+};
 
-// The pool and the number of its threads, made at first use. Work under way
-// keeps the pool it started with.
-std::pair<std::shared_ptr<ThreadPool>, int> current_pool() {
-  const std::lock_guard lock(pool_mutex);
-  if (threads > 1 && !pool) {
-    pool = std::make_shared<ThreadPool>(threads - 1);
+// Never destroyed: MLX's streams may be at work when the process exits.
+Pool& pool() {
+  static Pool* const instance = new Pool;
+  return *instance;
+}
+
+// The workers and the number of threads with them. Work under way keeps the
+// workers it started with.
+std::pair<std::shared_ptr<ThreadPool>, int> current_workers() {
+  auto& p = pool();
+  const std::lock_guard lock(p.mutex);
+  if (p.workers && p.process != getpid()) {
+    // A fork: the threads are the parent's, and joining them would never end.
+    new std::shared_ptr<ThreadPool>(std::exchange(p.workers, nullptr));
   }
-  return {pool, threads};
+  if (p.threads > 1 && !p.workers) {
+    p.workers = std::make_shared<ThreadPool>(p.threads - 1);
+    p.process = getpid();
+  }
+  return {p.workers, p.threads};
 }
 
 }  // namespace
 
 int num_threads() {
-  const std::lock_guard lock(pool_mutex);
-  return threads;
+  const std::lock_guard lock(pool().mutex);
+  return pool().threads;
 }
 
 void set_num_threads(int count) {
-  if (count < 1) {
+  if (count < 1 || count > max_threads) {
     throw std::invalid_argument("[set_num_threads] count is " +
-                                std::to_string(count) +
-                                "; expected at least 1.");
+                                std::to_string(count) + "; expected 1 to " +
+                                std::to_string(max_threads) + ".");
   }
-  const std::lock_guard lock(pool_mutex);
-  threads = count;
-  pool = nullptr;
+  auto& p = pool();
+  std::shared_ptr<ThreadPool> old;  // joined after the lock is given back
+  const std::lock_guard lock(p.mutex);
+  p.threads = count;
+  old = std::exchange(p.workers, nullptr);
+  if (old && p.process != getpid()) {
+    new std::shared_ptr<ThreadPool>(std::move(old));
+  }
 }
 
 void parallel_for(size_t count, const std::function<void(size_t)>& work) {
@@ -63,20 +99,26 @@ void parallel_for(size_t count, const std::function<void(size_t)>& work) {
       work(i);
     }
   };
-  std::vector<std::future<void>> helpers;
-  std::shared_ptr<ThreadPool> helpers_pool;
+  // Helpers use what is on this stack: they are joined whatever happens.
+  struct Helpers {
+    std::vector<std::future<void>> futures;
+    ~Helpers() {
+      for (auto& future : futures) {
+        future.wait();
+      }
+    }
+  } helpers;
+  std::shared_ptr<ThreadPool> workers;
   if (count > 1) {
-    const auto [shared, size] = current_pool();
-    helpers_pool = shared;
+    const auto [shared, size] = current_workers();
+    workers = shared;
     const size_t wanted = std::min<size_t>(size, count) - 1;
+    helpers.futures.reserve(wanted);
     for (size_t i = 0; i < wanted; ++i) {
-      helpers.push_back(helpers_pool->enqueue(drain));
+      helpers.futures.push_back(workers->enqueue(drain));
     }
   }
   drain();
-  for (auto& helper : helpers) {
-    helper.get();
-  }
 }
 
 }  // namespace mlx_fused::cpu

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../primitives.h"
+#include "backend.h"
 #include "launch.h"
 #include "metal_sources.h"
 #include "mlx/allocator.h"
@@ -17,10 +18,10 @@ namespace {
 
 // Tensors that a launch of the first stage of the norm takes.
 constexpr size_t max_norm_group_size = 24;
-// Threads of the second stage's only threadgroup.
-constexpr int norm_threads = 256;
-// Metal takes at most 4 KiB of constant bytes.
-constexpr size_t max_walk_entries = 4096 / sizeof(int64_t);
+// Threads of the second stage's only threadgroup, where the device allows them.
+constexpr size_t norm_threads = 1024;
+// Metal takes less than 4 KiB of constant bytes.
+constexpr size_t max_walk_entries = 4096 / sizeof(int64_t) - 1;
 
 std::string metal_type(mx::Dtype dtype) {
   return dtype == mx::float32   ? "float"
@@ -50,11 +51,15 @@ MTL::ComputePipelineState* pipeline(mx::Stream stream,
   };
   try {
     auto& device = mx::metal::device(stream.device);
-    return device.get_kernel(name,
-                             device.get_library("mlx_fused_" + name, build));
+    auto* state =
+        device.get_kernel(name, device.get_library("mlx_fused_" + name, build));
+    if (state->maxTotalThreadsPerThreadgroup() < tile_threads) {
+      throw std::runtime_error("the device allows too few threads for it.");
+    }
+    return state;
   } catch (const std::exception& error) {
-    throw std::runtime_error("[mlx_fused_optimizers] Metal kernel " + name +
-                             " cannot be built: " + error.what());
+    throw KernelError("[mlx_fused_optimizers] Metal kernel " + name +
+                      " cannot be built: " + error.what());
   }
 }
 
@@ -111,12 +116,6 @@ void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
                       static_cast<uint32_t>(walk.shape.size()), 0};
   auto entries = walk.shape;
   entries.insert(entries.end(), walk.strides.begin(), walk.strides.end());
-  if (entries.size() > max_walk_entries) {
-    throw std::runtime_error(
-        "[mlx_fused_optimizers] an array has " +
-        std::to_string(walk.shape.size()) + " strided dimensions; at most " +
-        std::to_string(max_walk_entries / 2) + " are supported.");
-  }
   auto& encoder = mx::metal::get_command_encoder(stream);
   encoder.set_compute_pipeline_state(kernel);
   encoder.set_input_array(in, 0);
@@ -135,7 +134,7 @@ mx::array add_gradient(Launch& launch, const mx::array& gradient,
     return gradient;
   }
   mx::array copied(gradient.shape(), gradient.dtype(), nullptr, {});
-  copied.set_data(mx::allocator::malloc(gradient.nbytes()));
+  allocate(copied);
   copy_array(gradient, copied, stream);
   mx::metal::get_command_encoder(stream).add_temporary(copied);
   launch.add(copied, vectorized);
@@ -146,6 +145,9 @@ mx::array add_gradient(Launch& launch, const mx::array& gradient,
 
 void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs,
                            std::vector<mx::array>& outputs) {
+  if (is_placed(outputs)) {
+    return;
+  }
   const auto& rule = traits(rule_);
   std::vector<std::string> arguments = {rule.type};
   arguments.push_back(metal_type(outputs[0].dtype()));
@@ -158,48 +160,62 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs,
   const std::string name =
       layout_.reads_gradient ? "fused_update_" + std::to_string(layout_.states)
                              : "fused_update_no_gradient";
-  // Everything that can fail comes first: place_outputs cannot be undone.
   auto* kernel = pipeline(stream(), fused_update_source, name, arguments);
-  for (size_t k = 0; k < outputs.size() && k <= 1; ++k) {
-    pipeline(stream(), copy_array_source, "copy_array",
-             {metal_type(outputs[k].dtype())});
+  for (size_t i = 1; i < arguments.size(); ++i) {
+    pipeline(stream(), copy_array_source, "copy_array", {arguments[i]});
   }
-  place_outputs(inputs, outputs, layout_,
-                [&](const mx::array& in, mx::array& out) {
-                  copy_array(in, out, stream());
-                });
+  // MLX throws an earlier error of the stream here, not in later calls.
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  encoder.set_compute_pipeline_state(kernel);
+  Placement placement(inputs, outputs, layout_);
+  // What each tensor's parameter is read from.
+  std::vector<mx::array> old;
+  for (int tensor = 0; tensor < layout_.tensors; ++tensor) {
+    old.push_back(placement.target(tensor, 0));
+    for (int k = 0; k < layout_.outputs_each(); ++k) {
+      const auto& in = inputs[layout_.input(tensor, k)];
+      if (placement.in_place(tensor, k) || in.size() == 0) {
+        continue;
+      }
+      if (k == 0 && in.flags().row_contiguous) {
+        old.back() = in;
+      } else {
+        copy_array(in, placement.target(tensor, k), stream());
+      }
+    }
+  }
 
   Launch launch;
   std::vector<int> tensors;  // those that are not empty
   std::vector<mx::array> gradients;
   for (int tensor = 0; tensor < layout_.tensors; ++tensor) {
-    if (outputs[layout_.output(tensor, 0)].size() == 0) {
+    if (old[tensor].size() == 0) {
       continue;
     }
-    bool vectorized = true;
+    bool vectorized = is_vectorizable(old[tensor]);
     for (int k = 0; k < layout_.outputs_each(); ++k) {
-      vectorized =
-          vectorized && is_vectorizable(outputs[layout_.output(tensor, k)]);
+      vectorized = vectorized && is_vectorizable(placement.target(tensor, k));
     }
     const auto& gradient = layout_.reads_gradient
                                ? inputs[layout_.gradient(tensor)]
-                               : outputs[layout_.output(tensor, 0)];
+                               : placement.target(tensor, 0);
     vectorized = vectorized && is_vectorizable(gradient);
     gradients.push_back(add_gradient(launch, gradient, vectorized, stream()));
     tensors.push_back(tensor);
   }
   if (launch.empty()) {
+    placement.commit();
     return;
   }
 
-  auto& encoder = mx::metal::get_command_encoder(stream());
   encoder.set_compute_pipeline_state(kernel);
-  for (int place = 0; place < max_group_size; ++place) {
+  const int places = max_group_size(layout_.states);
+  for (int place = 0, index = 0; place < places; ++place) {
     // Places left over are bound to the first tensor and never read.
     const size_t i = place < static_cast<int>(tensors.size()) ? place : 0;
-    int index = place * layout_.inputs_each();
+    encoder.set_input_array(old[tensors[i]], index++);
     for (int k = 0; k < layout_.outputs_each(); ++k) {
-      encoder.set_output_array(outputs[layout_.output(tensors[i], k)], index++);
+      encoder.set_output_array(placement.target(tensors[i], k), index++);
     }
     if (layout_.reads_gradient) {
       encoder.set_input_array(gradients[i], index++);
@@ -216,6 +232,7 @@ void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs,
   launch.bind(encoder, 28, 29, 30);
   encoder.dispatch_threadgroups(MTL::Size(launch.tiles(), 1, 1),
                                 MTL::Size(tile_threads, 1, 1));
+  placement.commit();
 }
 
 void GlobalNorm::eval_gpu(const std::vector<mx::array>& inputs,
@@ -232,12 +249,12 @@ void GlobalNorm::eval_gpu(const std::vector<mx::array>& inputs,
     }
   }
   for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    allocate(output);
   }
   // At least one, so that there is a buffer to bind when all arrays are empty.
   mx::array partials({static_cast<int>(std::max<size_t>(partial_count, 1))},
                      mx::float32, nullptr, {});
-  partials.set_data(mx::allocator::malloc(partials.nbytes()));
+  allocate(partials);
   auto& encoder = mx::metal::get_command_encoder(stream());
   encoder.add_temporary(partials);
 
@@ -267,14 +284,15 @@ void GlobalNorm::eval_gpu(const std::vector<mx::array>& inputs,
     }
   }
 
+  const size_t threads = std::min<size_t>(
+      norm_threads, final_kernel->maxTotalThreadsPerThreadgroup());
   encoder.set_compute_pipeline_state(final_kernel);
   encoder.set_input_array(partials, 0);
   encoder.set_bytes(first_partial, 1);
   encoder.set_input_array(inputs.back(), 2);
   encoder.set_output_array(outputs[0], 3);
   encoder.set_output_array(outputs[1], 4);
-  encoder.dispatch_threadgroups(MTL::Size(1, 1, 1),
-                                MTL::Size(norm_threads, 1, 1));
+  encoder.dispatch_threadgroups(MTL::Size(1, 1, 1), MTL::Size(threads, 1, 1));
 }
 
 }  // namespace mlx_fused

@@ -2,37 +2,40 @@
 
     import mlx_fused_optimizers as optim  # was: import mlx.optimizers as optim
 
-Every name of ``mlx.optimizers`` 0.32.4 is here. The elementwise optimizers and
-clip_grad_norm are fused; the other names are those of ``mlx.optimizers``.
+Every name of ``mlx.optimizers`` 0.32.4 is here, with the same arguments and numbers.
 """
 
 from ._requirements import check_mlx
 
 check_mlx()
 
-from mlx.optimizers import (  # noqa: E402
-    Adafactor,
-    MultiOptimizer,
-    Muon,
-    cosine_decay,
-    exponential_decay,
-    join_schedules,
-    linear_schedule,
-    step_decay,
-)
-
 from ._version import __version__  # noqa: E402
 from .clipping import clip_grad_norm  # noqa: E402
+from .filters import decay_matrices_only  # noqa: E402
 from .optimizers import (  # noqa: E402
     SGD,
     AdaDelta,
+    Adafactor,
     Adagrad,
     Adam,
     Adamax,
     AdamW,
     Lion,
+    MultiOptimizer,
+    Muon,
     Optimizer,
     RMSprop,
+)
+from .schedulers import (  # noqa: E402
+    constant,
+    cosine_decay,
+    exponential_decay,
+    inverse_sqrt,
+    join_schedules,
+    linear_schedule,
+    polynomial_decay,
+    step_decay,
+    warmup_stable_decay,
 )
 
 __all__ = [
@@ -50,9 +53,14 @@ __all__ = [
     "RMSprop",
     "__version__",
     "clip_grad_norm",
+    "constant",
     "cosine_decay",
+    "decay_matrices_only",
     "exponential_decay",
+    "inverse_sqrt",
     "join_schedules",
     "linear_schedule",
+    "polynomial_decay",
     "step_decay",
+    "warmup_stable_decay",
 ]

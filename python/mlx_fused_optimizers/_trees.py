@@ -33,12 +33,34 @@ def replace_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
     return next(leaves)
 
 
-def copy_containers(tree: Any) -> Any:
-    """The same leaves in new dicts, lists and tuples."""
-    if isinstance(tree, dict):
-        return {key: copy_containers(child) for key, child in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        children = [copy_containers(child) for child in tree]
-        kind = type(tree)
-        return kind(*children) if hasattr(tree, "_fields") else kind(children)
-    return tree
+class Snapshot:
+    """What a tree's dicts and lists hold now, to be given back to the same objects."""
+
+    def __init__(self, tree: Any) -> None:
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._record(tree)
+
+    def _record(self, tree: Any) -> None:
+        children: Any
+        if isinstance(tree, dict):
+            self._dicts.append((tree, dict(tree)))
+            children = tree.values()
+        elif isinstance(tree, list):
+            self._lists.append((tree, list(tree)))
+            children = tree
+        elif isinstance(tree, tuple):
+            children = tree
+        else:
+            return
+        for child in children:
+            if isinstance(child, (dict, list, tuple)):
+                self._record(child)
+
+    def restore(self) -> None:
+        """Undo every change since."""
+        for node, before in self._dicts:
+            node.clear()
+            node.update(before)
+        for items, contents in self._lists:
+            items[:] = contents

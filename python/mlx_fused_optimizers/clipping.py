@@ -7,8 +7,7 @@ import mlx.optimizers as stock
 
 from . import _ext
 from ._trees import collect_leaves, replace_leaves
-
-FUSED_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+from .optimizers.base import FUSED_DTYPES
 
 
 def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.array]:
@@ -44,9 +43,13 @@ def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.arra
         raise ValueError(f"max_norm should be >=0, {max_norm} was provided instead")
     leaves: list[Any] = []
     collect_leaves((leaves,), grads)
-    if not leaves or any(
-        not isinstance(leaf, mx.array) or leaf.dtype not in FUSED_DTYPES
-        for leaf in leaves
+    if (
+        getattr(max_norm, "ndim", 0) > 0
+        or not leaves
+        or any(
+            not isinstance(leaf, mx.array) or leaf.dtype not in FUSED_DTYPES
+            for leaf in leaves
+        )
     ):
         clipped, norm = stock.clip_grad_norm(grads, max_norm)
         return clipped, norm

@@ -1,20 +1,26 @@
 """The optimizer classes."""
 
+from .adafactor import Adafactor
 from .adam import Adam, Adamax, AdamW
 from .adaptive import AdaDelta, Adagrad, RMSprop
 from .base import FusedOptimizer, Optimizer
 from .lion import Lion
+from .multi import MultiOptimizer
+from .muon import Muon
 from .sgd import SGD
 
 __all__ = [
     "SGD",
     "AdaDelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
     "FusedOptimizer",
     "Lion",
+    "MultiOptimizer",
+    "Muon",
     "Optimizer",
     "RMSprop",
 ]

@@ -1,8 +1,15 @@
 """Adam, AdamW and Adamax."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
 import mlx.optimizers as stock
 
-from .base import FusedOptimizer, FusedRule
+from .base import DecayOptions, FusedOptimizer, FusedOptions, FusedRule, LearningRate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Adam(FusedOptimizer, stock.Adam):
@@ -29,15 +36,32 @@ class Adam(FusedOptimizer, stock.Adam):
             Default: ``1e-8``
         bias_correction (bool, optional): If set to ``True``, bias correction is
             applied. Default: ``False``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
 
     Raises:
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
     """
 
-    def _rule(self) -> FusedRule:
-        return self._adam_rule(weight_decay=0.0)
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: tuple[float, float] | list[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        bias_correction: bool = False,
+        **options: Unpack[FusedOptions],
+    ) -> None:
+        stock.Adam.__init__(self, learning_rate, cast(Any, betas), eps, bias_correction)
+        self._set_options(**options)
 
-    def _adam_rule(self, weight_decay: float) -> FusedRule:
+    def _rule(self, weight_decay: Any) -> FusedRule:
+        return self._adam_rule(0.0)
+
+    def _adam_rule(self, weight_decay: Any) -> FusedRule:
         beta1, beta2 = self.betas
         return FusedRule(
             "adam",
@@ -78,13 +102,35 @@ class AdamW(Adam, stock.AdamW):
             Default: ``0.01``
         bias_correction (bool, optional): If set to ``True``, bias correction is
             applied. Default: ``False``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
+        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
+            parameter decays; see :func:`decay_matrices_only`. Default: all do
 
     Raises:
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
     """
 
-    def _rule(self) -> FusedRule:
-        return self._adam_rule(self.weight_decay)
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: tuple[float, float] | list[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        bias_correction: bool = False,
+        **options: Unpack[DecayOptions],
+    ) -> None:
+        stock.AdamW.__init__(
+            self, learning_rate, cast(Any, betas), eps, weight_decay, bias_correction
+        )
+        self._set_options(**options)
+
+    def _rule(self, weight_decay: Any) -> FusedRule:
+        return self._adam_rule(weight_decay)
 
 
 class Adamax(Adam, stock.Adamax):
@@ -108,11 +154,27 @@ class Adamax(Adam, stock.Adamax):
             the exponentially weighted infinity norm. Default: ``(0.9, 0.999)``
         eps (float, optional): The term :math:`\epsilon` added to the denominator.
             Default: ``1e-8``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
 
     Raises:
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
     """
 
-    def _rule(self) -> FusedRule:
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: tuple[float, float] | list[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **options: Unpack[FusedOptions],
+    ) -> None:
+        stock.Adamax.__init__(self, learning_rate, cast(Any, betas), eps)
+        self._set_options(**options)
+
+    def _rule(self, weight_decay: Any) -> FusedRule:
         beta1, beta2 = self.betas
         return FusedRule("adamax", (beta1, 1 - beta1, beta2, self.eps), ("m", "v"))

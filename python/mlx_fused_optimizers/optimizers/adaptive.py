@@ -1,8 +1,15 @@
 """RMSprop, Adagrad and AdaDelta."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import mlx.optimizers as stock
 
-from .base import FusedOptimizer, FusedRule
+from .base import FusedOptimizer, FusedOptions, FusedRule, LearningRate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class RMSprop(FusedOptimizer, stock.RMSprop):
@@ -24,12 +31,28 @@ class RMSprop(FusedOptimizer, stock.RMSprop):
             Default: ``0.99``
         eps (float, optional): The term :math:`\epsilon` added to the denominator.
             Default: ``1e-8``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
 
     Raises:
         ValueError: If ``alpha`` is negative or ``eps`` is not positive.
     """
 
-    def _rule(self) -> FusedRule:
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        **options: Unpack[FusedOptions],
+    ) -> None:
+        stock.RMSprop.__init__(self, learning_rate, alpha, eps)
+        self._set_options(**options)
+
+    def _rule(self, weight_decay: Any) -> FusedRule:
         return FusedRule("rmsprop", (self.alpha, 1 - self.alpha, self.eps), ("v",))
 
 
@@ -50,12 +73,27 @@ class Adagrad(FusedOptimizer, stock.Adagrad):
         learning_rate (float or callable): The learning rate :math:`\lambda`.
         eps (float, optional): The term :math:`\epsilon` added to the denominator.
             Default: ``1e-8``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
 
     Raises:
         ValueError: If ``eps`` is not positive.
     """
 
-    def _rule(self) -> FusedRule:
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        eps: float = 1e-8,
+        **options: Unpack[FusedOptions],
+    ) -> None:
+        stock.Adagrad.__init__(self, learning_rate, eps)
+        self._set_options(**options)
+
+    def _rule(self, weight_decay: Any) -> FusedRule:
         return FusedRule("adagrad", (self.eps,), ("v",))
 
 
@@ -79,10 +117,26 @@ class AdaDelta(FusedOptimizer, stock.AdaDelta):
             Default: ``0.9``
         eps (float, optional): The term :math:`\epsilon` that keeps the square roots
             from zero. Default: ``1e-6``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
 
     Raises:
         ValueError: If ``rho`` is negative or ``eps`` is not positive.
     """
 
-    def _rule(self) -> FusedRule:
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        **options: Unpack[FusedOptions],
+    ) -> None:
+        stock.AdaDelta.__init__(self, learning_rate, rho, eps)
+        self._set_options(**options)
+
+    def _rule(self, weight_decay: Any) -> FusedRule:
         return FusedRule("adadelta", (self.rho, 1 - self.rho, self.eps), ("v", "u"))

@@ -1,12 +1,75 @@
 """The step that all share: trees in, one call of the extension, trees out."""
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import mlx.core as mx
 import mlx.optimizers as stock
+from mlx.utils import tree_flatten
 
 from .. import _ext
-from .._trees import collect_leaves, copy_containers, replace_leaves
+from .._trees import Snapshot, collect_leaves, replace_leaves
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+FUSED_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+
+LearningRate = float | Callable[[mx.array], mx.array]
+WeightDecayFilter = Callable[[str, mx.array], bool]
+
+
+class StepOptions(TypedDict, total=False):
+    """Keyword arguments that every optimizer takes beyond upstream's."""
+
+    max_grad_norm: float | None
+    skip_nonfinite: bool
+
+
+class FusedOptions(StepOptions, total=False):
+    """Those of the optimizers that have state of their own kind."""
+
+    state_dtype: mx.Dtype | None
+
+
+class DecayOptions(FusedOptions, total=False):
+    """Those of the optimizers that have weight decay."""
+
+    weight_decay_filter: WeightDecayFilter | None
+
+
+class Clip(NamedTuple):
+    """What the norm of the gradients makes of a step; all on the device."""
+
+    norm: mx.array | None = None
+    scale: mx.array | None = None  # of every gradient; negative: change nothing
+    finite: mx.array | None = None  # with skip_nonfinite
+
+
+class Leaves(NamedTuple):
+    """The leaves of a step's trees."""
+
+    tree: Any  # of the gradients
+    gradients: list[Any]
+    parameters: list[Any]
+    states: list[Any]  # a dict each
+
+    def path(self, index: int) -> str:
+        """The path of a leaf, as in ``mlx.utils.tree_flatten``."""
+        return self.paths()[index]
+
+    def paths(self) -> list[str]:
+        """The paths of all leaves."""
+        flat: Any = tree_flatten(self.tree)
+        return [path for path, _ in flat]
+
+    def select(self, indices: list[int]) -> Leaves:
+        """Some of the leaves."""
+        return Leaves(self.tree, *([x[i] for i in indices] for x in self[1:]))
 
 
 class Optimizer(stock.Optimizer):
@@ -16,9 +79,100 @@ class Optimizer(stock.Optimizer):
     state dict, and ``apply_single(gradient, parameter, state)``, which returns the
     new parameter and changes that dict.
 
-    In addition to upstream's contract: when a step raises, the state tree, the
-    scheduled values and the step count are what they were before it.
+    When a step raises, the state tree, the scheduled values and the step count are
+    what they were before it.
+
+    Args:
+        schedulers (dict, optional): Callables that take the step and give the value
+            of the state entry of their name.
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this, as :func:`clip_grad_norm` does. Default: ``None``
+        skip_nonfinite (bool, optional): A step whose gradients' global norm is not
+            finite changes no parameter, no state and no step count, which is decided
+            on the device. Default: ``False``
+
+    Raises:
+        ValueError: If ``max_grad_norm`` is negative.
     """
+
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+
+    def __init__(
+        self,
+        schedulers: dict[str, Callable[[mx.array], mx.array]] | None = None,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        super().__init__(schedulers)
+        self._set_step_options(**options)
+
+    def _set_step_options(
+        self, max_grad_norm: float | None = None, skip_nonfinite: bool = False
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise ValueError(
+                f"max_grad_norm should be >=0, {max_grad_norm} was provided instead"
+            )
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self._add_option_state()
+
+    def _add_option_state(self) -> None:
+        # Only then, so that checkpoints stay those of mlx.optimizers by default.
+        if self._needs_norm():
+            self.state.setdefault("grad_norm", mx.array(0.0))
+        if self.skip_nonfinite:
+            self.state.setdefault("skipped_steps", mx.array(0, mx.uint64))
+
+    def _needs_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
+    def grad_norm(self) -> mx.array | None:
+        """The global norm of the last step's gradients before scaling.
+
+        A float32 scalar; ``None`` without ``max_grad_norm`` and ``skip_nonfinite``.
+        """
+        norm: mx.array | None = self.state.get("grad_norm")
+        return norm
+
+    @property
+    def skipped_steps(self) -> mx.array | None:
+        """Steps skipped, a uint64; ``None`` without ``skip_nonfinite``."""
+        skipped: mx.array | None = self.state.get("skipped_steps")
+        return skipped
+
+    def init(self, parameters: Any) -> None:
+        """Initialize the optimizer's state.
+
+        Optional: the first step does it. It is useful for access to :attr:`state`
+        before that, and needed before ``mx.compile`` captures the state.
+
+        Args:
+            parameters (dict): A Python tree of parameters.
+        """
+        super().init(parameters)
+        self._add_option_state()
+
+    def update(self, model: Any, gradients: Any) -> None:
+        """Apply the gradients to the parameters of the model and update the model.
+
+        Args:
+            model (mlx.nn.Module): The model.
+            gradients (dict): A Python tree of gradients, as of
+                ``mlx.nn.value_and_grad``.
+
+        Raises:
+            KeyError, IndexError: If a gradient has no parameter or no state.
+            TypeError: If a gradient or parameter is no array.
+            ValueError: If shapes do not fit, or a schedule gives no scalar.
+        """
+        apply_gradients = getattr(self.apply_gradients, "__func__", None)
+        if apply_gradients is not Optimizer.apply_gradients:  # a user's own
+            model.update(self.apply_gradients(gradients, model))
+            return
+        with self._unchanged_on_error():
+            model.update(self._step(gradients, model, None))
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """Apply the gradients to the parameters and return the updated parameters.
@@ -33,54 +187,99 @@ class Optimizer(stock.Optimizer):
 
         Raises:
             KeyError, IndexError: If a gradient has no parameter or no state.
-            ValueError: If shapes do not fit.
+            TypeError: If a gradient or parameter is no array.
+            ValueError: If shapes do not fit, or a schedule gives no scalar.
         """
+        with self._unchanged_on_error():
+            return self._step(gradients, parameters, None)
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
         was_initialized = self._initialized
-        tree_before = None if was_initialized else copy_containers(self.state)
-        state_before = dict(self.state)
-        leaf_states: list[Any] = []
-        leaves_before: list[Any] = []
+        before = Snapshot(self.state)
         try:
-            if not was_initialized:
-                self.init(gradients)
-            flat_gradients: list[Any] = []
-            flat_parameters: list[Any] = []
-            collect_leaves(
-                (flat_gradients, flat_parameters, leaf_states),
-                gradients,
-                parameters,
-                self.state,
-            )
-            leaves_before = [
-                dict(leaf) if isinstance(leaf, dict) else leaf for leaf in leaf_states
-            ]
-            scheduled = {
-                name: schedule(self.step) for name, schedule in self._schedulers.items()
-            }
-            self.state.update(scheduled)
-            self.state["step"] = self.step + 1
-            updated = self._apply_leaves(flat_gradients, flat_parameters, leaf_states)
-            return replace_leaves(gradients, iter(updated))
+            yield
         except BaseException:
-            for leaf, before in zip(leaf_states, leaves_before, strict=False):
-                if isinstance(leaf, dict):
-                    leaf.clear()
-                    leaf.update(before)
-            self.state.clear()
-            self.state.update(state_before if was_initialized else tree_before)
+            before.restore()
             self._initialized = was_initialized
             raise
 
-    def _apply_leaves(
-        self, gradients: list[Any], parameters: list[Any], states: list[Any]
-    ) -> list[Any]:
-        """The updated parameters; ``states`` are changed in place."""
-        return [
-            self.apply_single(gradient, parameter, state)
-            for gradient, parameter, state in zip(
-                gradients, parameters, states, strict=True
+    def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
+        """One step; clip is given where it was measured over more than these."""
+        if not self._initialized:
+            self.init(gradients)
+        leaves = Leaves(gradients, [], [], [])
+        collect_leaves(leaves[1:], gradients, parameters, self.state)
+        for name, schedule in self._schedulers.items():
+            self.state[name] = self._scheduled(name, schedule(self.step))
+        if clip is None:
+            clip = self._measure(leaves.gradients)
+            self._record(clip)
+        step = self.step + 1
+        if clip.finite is not None:
+            step = mx.where(clip.finite, step, self.step)
+        self.state["step"] = step
+        updated = self._apply_leaves(leaves, clip.scale)
+        return replace_leaves(gradients, iter(updated))
+
+    def _record(self, clip: Clip) -> None:
+        state = self.state
+        if clip.norm is not None:
+            state["grad_norm"] = clip.norm
+        if clip.finite is not None:
+            state["skipped_steps"] = state["skipped_steps"] + ~clip.finite
+
+    def _scheduled(self, name: str, value: Any) -> Any:
+        if isinstance(value, mx.array) and value.size != 1:
+            raise ValueError(
+                f"[{type(self).__name__}] the schedule of {name} gave an array of "
+                f"shape {value.shape}; expected a scalar"
             )
+        # A Python number too: upstream takes only arrays.
+        return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
+
+    def _measure(self, gradients: list[Any]) -> Clip:
+        if not self._needs_norm():
+            return Clip()
+        arrays = [
+            g if g.dtype in FUSED_DTYPES else mx.abs(g).astype(mx.float32)
+            for g in gradients
         ]
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm, factor = _ext.global_norm(arrays, mx.array(limit))
+        if self.max_grad_norm is None:
+            factor = mx.array(1.0)
+        if not self.skip_nonfinite:
+            return Clip(norm, factor)
+        finite = mx.isfinite(norm)
+        return Clip(norm, mx.where(finite, factor, -1.0), finite)
+
+    def _apply_leaves(self, leaves: Leaves, scale: mx.array | None) -> list[Any]:
+        """The updated parameters; states get their new entries."""
+        return self._apply_each(self.apply_single, leaves, scale)
+
+    def _apply_each(
+        self,
+        apply_single: Callable[..., Any],
+        leaves: Leaves,
+        scale: mx.array | None,
+    ) -> list[Any]:
+        updated = []
+        for leaf in zip(
+            leaves.gradients, leaves.parameters, leaves.states, strict=True
+        ):
+            gradient, parameter, state = leaf
+            if scale is None:
+                updated.append(apply_single(*leaf))
+                continue
+            before = dict(state)
+            scaled = (gradient * scale).astype(gradient.dtype)
+            new = apply_single(scaled, parameter, state)
+            skip = scale < 0
+            updated.append(mx.where(skip, parameter, new))
+            for key, value in before.items():
+                state[key] = mx.where(skip, value, state[key])
+        return updated
 
 
 class FusedRule(NamedTuple):
@@ -91,15 +290,57 @@ class FusedRule(NamedTuple):
     state_keys: tuple[str, ...]  # in the order of the rule's states
 
 
+class Updated(NamedTuple):
+    """The results of a step, in the order of the leaves."""
+
+    parameters: list[mx.array]
+    states: list[dict[str, mx.array]]  # the entries that changed
+
+
 class FusedOptimizer(Optimizer):
     """An optimizer whose update is a rule of ``metal/update_rules.h``.
 
     A class lists ``mlx.optimizers``' own class as its second base. That one gives
-    the constructor with its checks, ``init_single``, and the update by plain MLX
+    the checks of the constructor, ``init_single``, and the update by plain MLX
     operations for what no kernel covers.
     """
 
-    def _rule(self) -> FusedRule:
+    state_dtype: mx.Dtype | None = None
+    weight_decay_filter: WeightDecayFilter | None = None
+
+    def _set_options(
+        self,
+        state_dtype: mx.Dtype | None = None,
+        weight_decay_filter: WeightDecayFilter | None = None,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        if state_dtype is not None and state_dtype not in FUSED_DTYPES:
+            raise ValueError(
+                f"state_dtype should be float32, float16 or bfloat16, {state_dtype} "
+                "was provided instead"
+            )
+        self.state_dtype = state_dtype
+        self.weight_decay_filter = weight_decay_filter
+        self._set_step_options(**options)
+
+    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
+        """Fill a parameter's state.
+
+        Args:
+            parameter (array): The parameter.
+            state (dict): Gets arrays of the parameter's shape, and of its dtype or
+                ``state_dtype``.
+        """
+        super().init_single(parameter, state)
+        for key, value in state.items():
+            state[key] = self._cast(value)
+
+    def _cast(self, value: mx.array) -> mx.array:
+        if self.state_dtype is None or value.dtype == self.state_dtype:
+            return value
+        return value.astype(self.state_dtype)
+
+    def _rule(self, weight_decay: Any) -> FusedRule:
         raise NotImplementedError
 
     def apply_single(
@@ -115,39 +356,155 @@ class FusedOptimizer(Optimizer):
         Returns:
             array: The updated parameter.
         """
-        updated: mx.array = self._apply_fused([gradient], [parameter], [state])[0]
+        leaves = Leaves(None, [gradient], [parameter], [state])
+        decay = getattr(self, "weight_decay", 0.0)
+        updated = self._update_leaves(leaves, None, decay)
+        state.update(updated.states[0])
+        return updated.parameters[0]
+
+    def _apply_leaves(self, leaves: Leaves, scale: mx.array | None) -> list[Any]:
+        apply_single = getattr(self.apply_single, "__func__", None)
+        if apply_single is not FusedOptimizer.apply_single:  # a user's own
+            return super()._apply_leaves(leaves, scale)
+        count = len(leaves.gradients)
+        updated: list[Any] = [None] * count
+        changes: list[Any] = [None] * count
+        try:
+            for decay, indices in self._decay_groups(leaves):
+                group = leaves if len(indices) == count else leaves.select(indices)
+                result = self._update_leaves(group, scale, decay)
+                for i, parameter, change in zip(indices, *result, strict=True):
+                    updated[i], changes[i] = parameter, change
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self._explain(error, leaves)
+            raise
+        for state, change in zip(leaves.states, changes, strict=True):
+            state.update(change)
         return updated
 
-    def _apply_leaves(
-        self, gradients: list[Any], parameters: list[Any], states: list[Any]
-    ) -> list[Any]:
-        if type(self).apply_single is not FusedOptimizer.apply_single:
-            return super()._apply_leaves(gradients, parameters, states)
-        return self._apply_fused(gradients, parameters, states)
+    def _decay_groups(self, leaves: Leaves) -> list[tuple[Any, list[int]]]:
+        """Weight decays, and the leaves to which each applies."""
+        decay = getattr(self, "weight_decay", 0.0)
+        if not leaves.gradients:
+            return []
+        if self.weight_decay_filter is None:
+            return [(decay, list(range(len(leaves.gradients))))]
+        groups: dict[bool, list[int]] = {True: [], False: []}
+        for i, leaf in enumerate(zip(leaves.paths(), leaves.parameters, strict=True)):
+            groups[bool(self.weight_decay_filter(*leaf))].append(i)
+        return [
+            (decay if decays else 0.0, indices)
+            for decays, indices in groups.items()
+            if indices
+        ]
 
-    def _apply_fused(
-        self, gradients: list[Any], parameters: list[Any], states: list[Any]
-    ) -> list[Any]:
-        rule = self._rule()
-        learning_rate = self.learning_rate
-        if learning_rate.size != 1 or any(
-            isinstance(h, mx.array) for h in rule.hyperparameters
-        ):
-            composed = super().apply_single
-            return [
-                composed(*leaf)
-                for leaf in zip(gradients, parameters, states, strict=True)
-            ]
-        updated, new_states = _ext.fused_update(
+    def _update_leaves(
+        self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
+    ) -> Updated:
+        """The new parameters and state entries; nothing is changed."""
+        rule = self._rule(weight_decay)
+        if not self._has_kernel(rule, leaves):
+            return self._compose(leaves, scale, weight_decay)
+        updated, new_states = self._fused(
+            rule,
+            leaves.parameters,
+            leaves.gradients,
+            leaves.states,
+            scale,
+            self.learning_rate,
+        )
+        changes = [
+            dict(zip(rule.state_keys, arrays, strict=True))
+            for arrays in zip(*new_states, strict=True)
+        ]
+        return Updated(updated, changes or [{} for _ in updated])
+
+    def _has_kernel(self, rule: FusedRule, leaves: Leaves) -> bool:
+        """Whether everything is of a type that the extension takes.
+
+        Upstream takes whatever MLX's operators do, such as NumPy arrays as moments.
+        """
+        scalars = (self.learning_rate, self.step)
+        return (
+            all(isinstance(x, mx.array) and x.ndim == 0 for x in scalars)
+            and all(isinstance(h, (int, float)) for h in rule.hyperparameters)
+            and all(isinstance(x, mx.array) for x in leaves.gradients)
+            and all(isinstance(x, mx.array) for x in leaves.parameters)
+            and all(
+                isinstance(state[key], mx.array)
+                for key in rule.state_keys
+                for state in leaves.states
+            )
+        )
+
+    def _fused(
+        self,
+        rule: FusedRule,
+        parameters: list[Any],
+        gradients: list[Any],
+        states: list[Any],
+        scale: mx.array | None,
+        learning_rate: mx.array,
+    ) -> tuple[list[mx.array], list[list[mx.array]]]:
+        return _ext.fused_update(
             rule.name,
             rule.hyperparameters,
             parameters,
             gradients,
-            [[state[key] for state in states] for key in rule.state_keys],
+            [[self._cast(state[key]) for state in states] for key in rule.state_keys],
             learning_rate,
             self.step,
+            scale,
+            keep_dtypes=self.state_dtype is not None,
         )
-        for key, arrays in zip(rule.state_keys, new_states, strict=True):
-            for state, array in zip(states, arrays, strict=True):
-                state[key] = array
-        return updated
+
+    def _compose(
+        self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
+    ) -> Updated:
+        """The same by upstream's class, for what no kernel covers."""
+        changed = leaves._replace(states=[dict(state) for state in leaves.states])
+        usual = vars(self).get("weight_decay")
+        try:
+            if usual is not None:
+                self.weight_decay = weight_decay  # what upstream's class reads
+            updated = self._apply_each(super().apply_single, changed, scale)
+        finally:
+            if usual is not None:
+                self.weight_decay = usual
+        return Updated(updated, changed.states)
+
+    def _explain(self, error: Exception, leaves: Leaves) -> None:
+        """Raise a clearer error, if the leaves tell what is wrong."""
+        name = type(self).__name__
+        for i, (gradient, parameter, state) in enumerate(
+            zip(leaves.gradients, leaves.parameters, leaves.states, strict=True)
+        ):
+            expected: dict[str, Any] = {}
+            if isinstance(parameter, mx.array):
+                self.init_single(parameter, expected)
+            path = leaves.path(i) if leaves.tree is not None else "the parameter"
+            if not isinstance(state, dict) or not state.keys() >= expected.keys():
+                found = ", ".join(state) if isinstance(state, dict) else repr(state)
+                raise KeyError(
+                    f"[{name}] the state of '{path}' has {found or 'nothing'}; "
+                    f"expected {', '.join(expected)}. Is it another optimizer's?"
+                ) from error
+            arrays = {
+                "parameter": parameter,
+                "gradient": gradient,
+                **{key: state[key] for key in expected},
+            }
+            for kind, array in arrays.items():
+                like = expected.get(kind, parameter)
+                if not isinstance(array, mx.array):
+                    raise TypeError(
+                        f"[{name}] the {kind} of '{path}' is of type "
+                        f"{type(array).__name__}; expected an mx.array"
+                    ) from error
+                try:
+                    mx.broadcast_shapes(array.shape, like.shape)
+                except ValueError:
+                    raise ValueError(
+                        f"[{name}] the {kind} of '{path}' has shape {array.shape}; "
+                        f"expected {like.shape}"
+                    ) from error

@@ -1,8 +1,15 @@
 """Lion."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
 import mlx.optimizers as stock
 
-from .base import FusedOptimizer, FusedRule
+from .base import DecayOptions, FusedOptimizer, FusedRule, LearningRate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Lion(FusedOptimizer, stock.Lion):
@@ -27,14 +34,33 @@ class Lion(FusedOptimizer, stock.Lion):
             Default: ``(0.9, 0.99)``
         weight_decay (float, optional): The weight decay :math:`\lambda`; one that is
             not positive is none. Default: ``0.0``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
+        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
+            parameter decays; see :func:`decay_matrices_only`. Default: all do
 
     Raises:
         ValueError: If a beta is not in [0, 1).
     """
 
-    def _rule(self) -> FusedRule:
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        betas: tuple[float, float] | list[float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **options: Unpack[DecayOptions],
+    ) -> None:
+        stock.Lion.__init__(self, learning_rate, cast(Any, betas), weight_decay)
+        self._set_options(**options)
+
+    def _rule(self, weight_decay: Any) -> FusedRule:
         beta1, beta2 = self.betas
-        weight_decay = self.weight_decay if self.weight_decay > 0 else 0.0
+        if not weight_decay > 0:
+            weight_decay = 0.0
         return FusedRule(
             "lion",
             (*(beta1, 1 - beta1), *(beta2, 1 - beta2), weight_decay),

@@ -1,8 +1,15 @@
 """Stochastic gradient descent."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import mlx.optimizers as stock
 
-from .base import FusedOptimizer, FusedRule
+from .base import DecayOptions, FusedOptimizer, FusedRule, LearningRate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SGD(FusedOptimizer, stock.SGD):
@@ -31,17 +38,39 @@ class SGD(FusedOptimizer, stock.SGD):
         dampening (float, optional): Dampening for momentum :math:`\tau`.
             Default: ``0``
         nesterov (bool, optional): Enables Nesterov momentum. Default: ``False``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
+        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
+            parameter decays; see :func:`decay_matrices_only`. Default: all do
 
     Raises:
         ValueError: If ``nesterov`` is set with no momentum or with dampening.
     """
 
-    def _rule(self) -> FusedRule:
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        **options: Unpack[DecayOptions],
+    ) -> None:
+        stock.SGD.__init__(
+            self, learning_rate, momentum, weight_decay, dampening, nesterov
+        )
+        self._set_options(**options)
+
+    def _rule(self, weight_decay: Any) -> FusedRule:
         if self.momentum <= 0:
-            return FusedRule("sgd", (self.weight_decay,), ())
+            return FusedRule("sgd", (weight_decay,), ())
         gradient_weight = 1 - self.dampening if self.dampening > 0 else 1.0
         return FusedRule(
             "momentum",
-            (self.momentum, gradient_weight, self.weight_decay, self.nesterov),
+            (self.momentum, gradient_weight, weight_decay, self.nesterov),
             ("v",),
         )

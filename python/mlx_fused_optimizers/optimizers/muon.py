@@ -1,0 +1,121 @@
+"""Muon."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.optimizers as stock
+
+from .base import (
+    DecayOptions,
+    FusedOptimizer,
+    FusedRule,
+    LearningRate,
+    Leaves,
+    Updated,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Muon(FusedOptimizer, stock.Muon):
+    r"""The Muon optimizer: momentum, made orthogonal by Newton-Schulz iterations.
+
+    .. math::
+
+        g_t &\leftarrow g_t + \eta w_t \\
+        v_{t+1} &= \mu v_t + (1 - \mu) g_t \\
+        u_{t+1} &= \text{NS}((1 - \mu) g_t + \mu v_{t+1}) \\
+        w_{t+1} &= w_t - \lambda \sqrt{\max(1, \text{rows} / \text{columns})}\, u_{t+1}
+
+    Without Nesterov momentum, NS takes :math:`v_{t+1}`. The matrix products are MLX's;
+    the moment update and the write of the parameter are a kernel each, in place.
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks",
+    2024, https://kellerjordan.github.io/posts/muon/.
+
+    Embeddings, the last layer and parameters of fewer than two dimensions are better
+    left to another optimizer, see :class:`MultiOptimizer`. A convolution's filters are
+    flattened to matrices.
+
+    State of a parameter: ``v``, of the parameter's shape and dtype.
+
+    Args:
+        learning_rate (float or callable): The learning rate :math:`\lambda`.
+        momentum (float, optional): The momentum strength :math:`\mu`.
+            Default: ``0.95``
+        weight_decay (float, optional): The weight decay :math:`\eta` (L2 penalty).
+            Default: ``0.01``
+        nesterov (bool, optional): Enables Nesterov momentum. Default: ``True``
+        ns_steps (int, optional): Newton-Schulz iterations. Default: ``5``
+        max_grad_norm (float, optional): Scale the gradients so that their global norm
+            does not exceed this. Default: ``None``
+        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
+            finite. Default: ``False``
+        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
+            bfloat16; parameters then keep theirs. Default: that of the parameters
+        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
+            parameter decays; see :func:`decay_matrices_only`. Default: all do
+
+    Raises:
+        ValueError: If ``max_grad_norm`` is negative.
+    """
+
+    def __init__(
+        self,
+        learning_rate: LearningRate,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        **options: Unpack[DecayOptions],
+    ) -> None:
+        stock.Muon.__init__(
+            self, learning_rate, momentum, weight_decay, nesterov, ns_steps
+        )
+        self._set_options(**options)
+
+    def _update_leaves(
+        self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
+    ) -> Updated:
+        _, gradients, parameters, states = leaves
+        moment = FusedRule(
+            "muon_moment",
+            (self.momentum, 1 - self.momentum, weight_decay, self.nesterov),
+            ("v",),
+        )
+        if not self._has_kernel(moment, leaves):
+            return self._compose(leaves, scale, weight_decay)
+        # In this rule the gradient is what changes, and the parameter is read.
+        directions, (moments,) = self._fused(
+            moment, gradients, parameters, states, scale, self.learning_rate
+        )
+        # Matrices of one aspect ratio share their learning rate, and a launch.
+        groups: dict[float, list[int]] = {}
+        for i, direction in enumerate(directions):
+            directions[i], stretch = self._orthogonalized(direction)
+            groups.setdefault(stretch, []).append(i)
+        skip = None if scale is None else mx.where(scale < 0, -1.0, 1.0)
+        updated: list[Any] = [None] * len(parameters)
+        for stretch, indices in groups.items():
+            results, _ = self._fused(
+                FusedRule("sgd", (0.0,), ()),
+                [parameters[i] for i in indices],
+                [directions[i] for i in indices],
+                [],
+                skip,
+                self.learning_rate * stretch,
+            )
+            for i, result in zip(indices, results, strict=True):
+                updated[i] = result
+        return Updated(updated, [{"v": v} for v in moments])
+
+    def _orthogonalized(self, direction: mx.array) -> tuple[mx.array, float]:
+        """The direction made orthogonal, and the factor of its learning rate."""
+        if direction.ndim < 2:
+            return direction, 1.0
+        matrix = direction.reshape(direction.shape[0], -1)
+        result = self._zeropower_via_newtonschulz5(matrix, steps=self.ns_steps)
+        rows, columns = direction.shape[-2:]
+        return result.reshape(direction.shape), max(1, rows / columns) ** 0.5
