@@ -3,7 +3,8 @@
 Ours are counted by the Metal simulator, which runs the real kernels: every byte that
 they read or write in device memory, and every launch. Those of mlx.optimizers are
 counted from its graph, a launch for each primitive that computes, and the bytes of its
-operands; that is what those primitives must at least move. Nothing here ran on a GPU.
+operands; that is what those primitives must at least move (a product of matrices or a
+reduction may need more). Nothing here ran on a GPU.
 
 Writes ``metal_cost.json``, ``metal_cost.md`` and ``metal_cost.png`` to bench/results.
 """
@@ -16,7 +17,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import metal_simulator  # noqa: E402
-from metal_simulator.extension import extension  # noqa: E402
+from metal_simulator.extension import extension, simulated  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -40,9 +40,14 @@ class Case(NamedTuple):
     options: dict[str, Any]
     clipped: bool = False
 
-    def make(self, module: ModuleType) -> Any:
-        """The optimizer of this module."""
-        return getattr(module, self.name)(1e-3, **self.options)
+    def ours(self) -> Any:
+        """The fused optimizer."""
+        clip = {"max_grad_norm": 1.0} if self.clipped else {}
+        return getattr(optim, self.name)(learning_rate=1e-3, **self.options, **clip)
+
+    def stock(self) -> Any:
+        """That of mlx.optimizers."""
+        return getattr(stock, self.name)(learning_rate=1e-3, **self.options)
 
 
 CASES = [
@@ -55,10 +60,14 @@ CASES = [
     Case("Adagrad", "Adagrad", {}),
     Case("AdaDelta", "AdaDelta", {}),
     Case("Adamax", "Adamax", {}),
+    Case("Adafactor", "Adafactor", {"beta_1": 0.9, "weight_decay": 0.1}),
+    Case("Muon", "Muon", {}),
     Case("AdamW clipped", "AdamW", {"bias_correction": True}, clipped=True),
 ]
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
+# Primitives that the simulator counts.
+OURS = {"FusedUpdate", "GlobalNorm"}
 # Primitives that only look at memory in another way.
 VIEWS = {"Broadcast", "Reshape", "Transpose", "Squeeze", "ExpandDims", "StopGradient"}
 
@@ -91,58 +100,10 @@ def transformer(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
     }
 
 
-def fused_cost(case: Case, width: int, dtype: mx.Dtype) -> Cost:
-    """Counted by the simulator in a step that nothing keeps from being in place."""
-    kernels = extension()
-    assert kernels is not None  # main() has checked
-    parameters = transformer(width, dtype)
-    count = sum(x.size for x in parameters.values())
-    optimizer = case.make(optim)
-    optimizer.init(parameters)
-    gradients = list(transformer(width, dtype).values())
-    mx.eval(parameters, optimizer.state, gradients)
-    rule = optimizer._rule()
-    arrays = list(parameters.values())
-    states = [[optimizer.state[p][k] for p in parameters] for k in rule.state_keys]
-    learning_rate, step = optimizer.learning_rate, mx.array(1, mx.uint64)
-    parameters.clear()
-    optimizer.state.clear()
-
-    # Kernels are checked when first used: not a part of the step.
-    small = [x.reshape(-1)[:1] for x in (arrays[0], gradients[0])]
-    kernels.fused_update(
-        rule.name,
-        rule.hyperparameters,
-        small[:1],
-        small[1:],
-        [small[:1] for _ in states],
-        learning_rate,
-        step,
-    )
-    kernels.global_norm(small, mx.array(1.0))
-    del small
-    mx.synchronize()
-    metal_simulator.reset()
-    scale = None
-    if case.clipped:
-        _, scale = kernels.global_norm(gradients, mx.array(1.0))
-        mx.eval(scale)
-    results = kernels.fused_update(
-        rule.name,
-        rule.hyperparameters,
-        arrays,
-        gradients,
-        states,
-        learning_rate,
-        step,
-        scale,
-    )
-    tensors = len(arrays)
-    del arrays, states
-    mx.eval(results)
-    launches = metal_simulator.counters()
-    moved = sum(launch.bytes_read + launch.bytes_written for launch in launches)
-    return Cost(moved / count, len(launches) / tensors)
+def leaves(tree: Any) -> list[mx.array]:
+    """The arrays of a tree."""
+    flat: Any = tree_flatten(tree, destination={})
+    return list(flat.values())
 
 
 class Node(NamedTuple):
@@ -151,12 +112,6 @@ class Node(NamedTuple):
     name: str
     inputs: list[str]
     outputs: list[str]
-
-
-def leaves(tree: Any) -> list[mx.array]:
-    """The arrays of a tree."""
-    flat: Any = tree_flatten(tree, destination={})
-    return list(flat.values())
 
 
 def graph(outputs: list[mx.array], names: dict[str, mx.array]) -> list[Node]:
@@ -174,11 +129,61 @@ def graph(outputs: list[mx.array], names: dict[str, mx.array]) -> list[Node]:
     return list(nodes.values())
 
 
+def graph_cost(before: list[mx.array], after: list[mx.array]) -> tuple[int, int]:
+    """Elements that MLX's own primitives between these arrays move, and launches."""
+    named = {f"array{i}": x for i, x in enumerate([*before, *after])}
+    sizes: dict[str, int] = defaultdict(lambda: 1)  # constants are scalars
+    sizes.update({label: x.size for label, x in named.items()})
+    moved = launches = 0
+    for node in graph(after, named):
+        read = sum(sizes[label] for label in node.inputs)
+        if node.name in VIEWS:
+            sizes[node.outputs[0]] = read
+            continue
+        largest = 1 if node.name == "Reduce" else max(sizes[i] for i in node.inputs)
+        for label in node.outputs:
+            sizes.setdefault(label, largest)
+        if node.name not in OURS:
+            launches += 1
+            moved += read + sum(sizes[label] for label in node.outputs)
+    return moved, launches
+
+
+def fused_cost(case: Case, width: int, dtype: mx.Dtype) -> Cost:
+    """Counted by the simulator in a step that nothing keeps from being in place.
+
+    What our optimizers leave to MLX's operations is added from the graph.
+    """
+    with simulated():
+        optimizer = case.ours()
+        parameters = transformer(width, dtype)
+        gradients = transformer(width, dtype)
+        optimizer.init(parameters)
+        mx.eval(parameters, gradients, optimizer.state)
+        sizes = [x.size for x in parameters.values()]
+        # The kernels are checked in the first step.
+        before = [*parameters.values(), *gradients.values(), *leaves(optimizer.state)]
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        after = [*parameters.values(), *leaves(optimizer.state)]
+        moved, launches = graph_cost(before, after)
+        moved *= dtype.size
+        mx.eval(after)
+        del before, after
+        metal_simulator.reset()
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+        mx.synchronize()
+        for launch in metal_simulator.counters():
+            moved += launch.bytes_read + launch.bytes_written
+            launches += 1
+    return Cost(moved / sum(sizes), launches / len(sizes))
+
+
 def stock_cost(case: Case, width: int, dtype: mx.Dtype, compiled: bool) -> Cost:
     """Counted from the graph of a step of mlx.optimizers."""
     parameters = transformer(width, dtype)
     gradients = transformer(width, dtype)
-    optimizer = case.make(stock)
+    optimizer = case.stock()
     optimizer.init(parameters)
     mx.eval(parameters, gradients, optimizer.state)
     before = [*parameters.values(), *gradients.values(), *leaves(optimizer.state)]
@@ -192,21 +197,7 @@ def stock_cost(case: Case, width: int, dtype: mx.Dtype, compiled: bool) -> Cost:
         step = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
     updated = step(parameters, gradients)
     after = [*updated.values(), *leaves(optimizer.state)]
-    named = {f"array{i}": x for i, x in enumerate([*before, *after])}
-
-    sizes: dict[str, int] = defaultdict(lambda: 1)  # constants are scalars
-    sizes.update({label: x.size for label, x in named.items()})
-    moved = launches = 0
-    for node in graph(after, named):
-        read = sum(sizes[label] for label in node.inputs)
-        if node.name in VIEWS:
-            sizes[node.outputs[0]] = read
-            continue
-        largest = 1 if node.name == "Reduce" else max(sizes[i] for i in node.inputs)
-        for label in node.outputs:
-            sizes.setdefault(label, largest)
-        launches += 1
-        moved += read + sum(sizes[label] for label in node.outputs)
+    moved, launches = graph_cost(before, after)
     count = sum(x.size for x in parameters.values())
     return Cost(moved * dtype.size / count, launches / len(parameters))
 

@@ -119,7 +119,8 @@ Tensor update_adafactor(double weight_decay, const mx::array& p,
   if (weight_decay == 0) {
     return {p - update};
   }
-  return {p + p * times(-weight_decay, mx::astype(learning_rate, p.dtype())) -
+  return {p +
+          p * times(-weight_decay, mx::astype(learning_rate, update.dtype())) -
           update};
 }
 

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 import metal_simulator
 import mlx.core as mx
 import pytest
-from metal_simulator.extension import extension
-from mlx_fused_optimizers import clipping
-from mlx_fused_optimizers.optimizers import base
+from metal_simulator.extension import extension, simulated
 
 SIMULATOR = "metal-simulator"
 # Those that are here; `make test` builds the simulator.
@@ -23,18 +21,16 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend, which the package uses while the test runs."""
     name: str = request.param
     device = mx.default_device()
     mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
     if name == SIMULATOR:
-        monkeypatch.setattr(base, "_ext", extension())
-        monkeypatch.setattr(clipping, "_ext", extension())
-    yield name
-    if name == SIMULATOR:
-        mx.synchronize()
+        with simulated():
+            yield name
+            mx.synchronize()
         assert metal_simulator.take_errors() == []
+    else:
+        yield name
     mx.set_default_device(device)

@@ -9,7 +9,7 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from support import (
@@ -21,6 +21,7 @@ from support import (
     assert_trees_match,
     copy_tree,
     fill,
+    leaves_of,
     optimizer_ids,
     random_array,
     snapshot,
@@ -69,6 +70,8 @@ def test_one_step_of_float32_agrees(
 ) -> None:
     rng = np.random.default_rng(seed)
     parameters = fill(shapes, rng, mx.float32)
+    if name == "Muon":  # stock divides by zero for a matrix without columns
+        assume(all(x.size > 0 for x in leaves_of(parameters).values()))
     ours, theirs = both(name, options)
     mine, reference = copy_tree(parameters), copy_tree(parameters)
     for _ in range(2):

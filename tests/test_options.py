@@ -82,7 +82,7 @@ def test_nonfinite_steps_are_skipped(
 ) -> None:
     rng = np.random.default_rng(1)
     schedule = optim.exponential_decay(1e-1, 0.5)
-    optimizers = [
+    optimizers: list[Any] = [
         getattr(optim, name)(learning_rate=schedule, skip_nonfinite=skip, **options)
         for skip in (True, False)
     ]
@@ -190,7 +190,7 @@ def test_options_add_no_state_by_default(backend: str) -> None:
     assert plain.grad_norm is None
     assert plain.skipped_steps is None
     # A stock checkpoint loads into an optimizer that has options on.
-    resumed = optim.AdamW(1e-2, max_grad_norm=1.0, skip_nonfinite=True)
+    resumed: Any = optim.AdamW(1e-2, max_grad_norm=1.0, skip_nonfinite=True)
     resumed.state = copy_tree(theirs.state)
     updated = resumed.apply_gradients(parameters, parameters)
     mx.eval(updated)
@@ -212,7 +212,7 @@ def test_multi_optimizer(backend: str, compiled: bool) -> None:
     mine = model(rng)
     reference = copy_tree(mine)
     ours, theirs = multi(optim, max_grad_norm=0.5), multi(stock)
-    assert isinstance(ours, stock.MultiOptimizer)
+    assert issubclass(type(ours), stock.MultiOptimizer)
     ours.init(mine)
 
     def step(parameters: Any, gradients: Any) -> Any:
@@ -243,7 +243,7 @@ def test_multi_optimizer(backend: str, compiled: bool) -> None:
 def test_multi_optimizer_skips_all_parts_or_none(backend: str) -> None:
     rng = np.random.default_rng(5)
     parameters, gradients = model(rng), model(rng)
-    optimizer = multi(optim, skip_nonfinite=True)
+    optimizer: Any = multi(optim, skip_nonfinite=True)
     optimizer.init(parameters)
     gradients["scale"] = mx.array(float("nan"))
     before = snapshot([parameters, optimizer.state["states"]])
@@ -283,7 +283,8 @@ class Plain(optim.Optimizer):
         self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
     ) -> mx.array:
         state["sum"] = state["sum"] + gradient
-        return parameter - 0.1 * state["sum"]
+        updated: mx.array = parameter - 0.1 * state["sum"]
+        return updated
 
 
 def test_options_on_users_own_optimizers(backend: str) -> None:

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from . import library, library_path
+
+
+@contextmanager
+def simulated() -> Iterator[None]:
+    """The package on the simulated extension, in place of its own."""
+    import mlx_fused_optimizers.clipping as clipping
+    from mlx_fused_optimizers.optimizers import base
+
+    kernels: Any = extension()
+    if kernels is None:
+        raise RuntimeError("the simulator is not built; run: make simulator")
+    usual = base._ext
+    base._ext = clipping._ext = kernels
+    try:
+        yield
+    finally:
+        base._ext = clipping._ext = usual
 
 
 @cache

@@ -213,7 +213,7 @@ class Optimizer(stock.Optimizer):
         for name, schedule in self._schedulers.items():
             self.state[name] = self._scheduled(name, schedule(self.step))
         if clip is None:
-            clip = self._measure(leaves.gradients)
+            clip = self._measure(leaves)
             self._record(clip)
         step = self.step + 1
         if clip.finite is not None:
@@ -238,12 +238,18 @@ class Optimizer(stock.Optimizer):
         # A Python number too: upstream takes only arrays.
         return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
 
-    def _measure(self, gradients: list[Any]) -> Clip:
+    def _measure(self, leaves: Leaves) -> Clip:
         if not self._needs_norm():
             return Clip()
+        for i, gradient in enumerate(leaves.gradients):
+            if not isinstance(gradient, mx.array):
+                raise TypeError(
+                    f"[{type(self).__name__}] the gradient of '{leaves.path(i)}' is of "
+                    f"type {type(gradient).__name__}; expected an mx.array"
+                )
         arrays = [
             g if g.dtype in FUSED_DTYPES else mx.abs(g).astype(mx.float32)
-            for g in gradients
+            for g in leaves.gradients
         ]
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm, factor = _ext.global_norm(arrays, mx.array(limit))
@@ -318,6 +324,11 @@ class FusedOptimizer(Optimizer):
             raise ValueError(
                 f"state_dtype should be float32, float16 or bfloat16, {state_dtype} "
                 "was provided instead"
+            )
+        if weight_decay_filter is not None and not hasattr(self, "weight_decay"):
+            raise TypeError(
+                f"{type(self).__name__} takes no weight decay, and so no "
+                "weight_decay_filter"
             )
         self.state_dtype = state_dtype
         self.weight_decay_filter = weight_decay_filter

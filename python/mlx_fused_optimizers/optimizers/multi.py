@@ -11,7 +11,7 @@ import mlx.optimizers as stock
 from mlx.utils import tree_map, tree_merge
 
 from .._trees import Snapshot, collect_leaves
-from .base import Clip, Optimizer, StepOptions
+from .base import Clip, Leaves, Optimizer, StepOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,8 +95,8 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
 
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
         if clip is None:
-            leaves: list[Any] = []
-            collect_leaves((leaves,), gradients)
+            leaves = Leaves(gradients, [], [], [])
+            collect_leaves((leaves.gradients,), gradients)
             clip = self._measure(leaves)
             self._record(clip)
         tree: Any = {}

@@ -115,7 +115,11 @@ class Muon(FusedOptimizer, stock.Muon):
         """The direction made orthogonal, and the factor of its learning rate."""
         if direction.ndim < 2:
             return direction, 1.0
-        matrix = direction.reshape(direction.shape[0], -1)
-        result = self._zeropower_via_newtonschulz5(matrix, steps=self.ns_steps)
         rows, columns = direction.shape[-2:]
+        if direction.size == 0:
+            return direction, 1.0
+        matrix = direction
+        if direction.ndim > 2:
+            matrix = direction.reshape(direction.shape[0], -1)
+        result = self._zeropower_via_newtonschulz5(matrix, steps=self.ns_steps)
         return result.reshape(direction.shape), max(1, rows / columns) ** 0.5
