@@ -129,6 +129,20 @@ def graph(outputs: list[mx.array], names: dict[str, mx.array]) -> list[Node]:
     return list(nodes.values())
 
 
+def updated_inputs(node: Node) -> list[str]:
+    """The input that each output of a FusedUpdate is the new value of.
+
+    Inputs are, for each tensor, its parameter, states and gradient; then two or three
+    scalars. Outputs are, for each tensor, its parameter and states.
+    """
+    for each in (1, 2, 3):
+        tensors, rest = divmod(len(node.outputs), each)
+        if rest == 0 and len(node.inputs) - tensors * (each + 1) in (2, 3):
+            starts = range(0, tensors * (each + 1), each + 1)
+            return [label for i in starts for label in node.inputs[i : i + each]]
+    raise ValueError(f"FusedUpdate with {len(node.inputs)} inputs is not understood")
+
+
 def graph_cost(before: list[mx.array], after: list[mx.array]) -> tuple[int, int]:
     """Elements that MLX's own primitives between these arrays move, and launches."""
     named = {f"array{i}": x for i, x in enumerate([*before, *after])}
@@ -140,6 +154,9 @@ def graph_cost(before: list[mx.array], after: list[mx.array]) -> tuple[int, int]
         if node.name in VIEWS:
             sizes[node.outputs[0]] = read
             continue
+        if node.name == "FusedUpdate":
+            for label, like in zip(node.outputs, updated_inputs(node), strict=True):
+                sizes.setdefault(label, sizes[like])
         largest = 1 if node.name == "Reduce" else max(sizes[i] for i in node.inputs)
         for label in node.outputs:
             sizes.setdefault(label, largest)
