@@ -223,6 +223,8 @@ def rows(width: int, dtypes: list[str]) -> Iterator[dict[str, Any]]:
     """One row for each case and dtype."""
     cases = [(dtype, case) for dtype in dtypes for case in CASES]
     for dtype, case in tqdm(cases, unit="case", disable=None):
+        if case.name == "Muon" and dtype != "float32":
+            continue  # MLX's products in half precision take minutes on the CPU
         kind = DTYPES[dtype]
         parameters = transformer(width, kind)
         yield {

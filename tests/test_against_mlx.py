@@ -70,16 +70,20 @@ def test_one_step_of_float32_agrees(
 ) -> None:
     rng = np.random.default_rng(seed)
     parameters = fill(shapes, rng, mx.float32)
-    if name == "Muon":  # stock divides by zero for a matrix without columns
+    # Stock's Muon divides by zero for a matrix without columns, and its Adafactor may
+    # not return from a reduction of no elements.
+    if name in ("Adafactor", "Muon"):
         assume(all(x.size > 0 for x in leaves_of(parameters).values()))
     ours, theirs = both(name, options)
     mine, reference = copy_tree(parameters), copy_tree(parameters)
+    # Adafactor's means are summed in another order.
+    absolute = 1e-6 if name == "Adafactor" else 1e-8
     for _ in range(2):
         gradients = fill(parameters, rng, mx.float32, layout)
         mine = ours.apply_gradients(gradients, mine)
         reference = theirs.apply_gradients(gradients, reference)
-        assert_trees_match(mine, reference, STEP_TOLERANCE, 1e-8)
-        assert_trees_match(ours.state, theirs.state, STEP_TOLERANCE, 1e-8)
+        assert_trees_match(mine, reference, STEP_TOLERANCE, absolute)
+        assert_trees_match(ours.state, theirs.state, STEP_TOLERANCE, absolute)
 
 
 @every_optimizer_and_partly_fused

@@ -9,6 +9,7 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 from support import (
     OPTIMIZER_IDS,
     OPTIMIZERS,
@@ -269,6 +270,36 @@ def test_empty_trees_and_zero_size_arrays(backend: str) -> None:
         {"a": mx.zeros((0,))}, {"a": mx.zeros(0)}
     )
     mx.eval(only_empty)
+
+
+def test_accumulated_and_averaged_gradients(backend: str) -> None:
+    parameters, first = parameters_and_gradients(1)
+    _, second = parameters_and_gradients(2)
+    results = []
+    for module in (optim, stock):
+        optimizer = module.AdamW(1e-2)
+        total = tree_map(lambda a, b: (a + b) / 2, first, second)
+        averaged = nn.average_gradients(total)
+        results.append(optimizer.apply_gradients(averaged, copy_tree(parameters)))
+    mine, theirs = results
+    assert_trees_match(mine, theirs, 2e-6)
+
+
+def test_parameters_added_later_need_a_new_init(backend: str) -> None:
+    parameters, gradients = parameters_and_gradients()
+    more = {**parameters, "added": mx.ones((2, 2))}
+    results = []
+    for module in (optim, stock):
+        optimizer = module.Adam(1e-2)
+        updated = optimizer.apply_gradients(gradients, copy_tree(parameters))
+        optimizer.init(more)
+        more_gradients = {**gradients, "added": mx.ones((2, 2))}
+        both = {**updated, "added": mx.ones((2, 2))}
+        updated = optimizer.apply_gradients(more_gradients, both)
+        partial = optimizer.apply_gradients({"added": mx.ones((2, 2))}, updated)
+        results.append([updated, partial, optimizer.state])
+    mine, theirs = results
+    assert_trees_match(mine, theirs, 2e-6, 1e-8)
 
 
 def test_several_optimizers_in_several_threads(backend: str) -> None:

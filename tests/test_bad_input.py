@@ -224,3 +224,16 @@ def test_a_model_that_refuses_the_update(backend: str) -> None:
     with pytest.raises(RuntimeError, match="refused"):
         optimizer.update(Model(w=mx.ones(2)), {"w": mx.ones(2)})
     assert snapshot(optimizer.state) == before
+
+
+@pytest.mark.parametrize(("name", "options"), ALL_OPTIMIZERS)
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)])
+def test_arrays_without_elements(
+    backend: str, name: str, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    optimizer = getattr(optim, name)(learning_rate=0.1, max_grad_norm=1.0, **options)
+    empty = {"w": mx.zeros(shape)}
+    updated = optimizer.apply_gradients(empty, empty)
+    mx.eval(updated, optimizer.state)
+    assert updated["w"].shape == shape
+    assert float(optimizer.grad_norm) == 0

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as stock
 
+from . import base
 from .base import (
+    FUSED_DTYPES,
     DecayOptions,
     FusedOptimizer,
     FusedRule,
@@ -101,25 +103,40 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         )
         self._set_options(**options)
 
+    def _compute_rms(self, inputs: mx.array) -> mx.array:
+        if inputs.dtype not in FUSED_DTYPES:
+            rms: mx.array = super()._compute_rms(inputs)
+            return rms
+        # Without an array of squares.
+        norm, _ = base._ext.global_norm([inputs], mx.array(1.0))
+        root: mx.array = norm / max(inputs.size, 1) ** 0.5
+        return root.astype(inputs.dtype)
+
     def _update_leaves(
         self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
     ) -> Updated:
         rule = FusedRule("", (self.beta_1 or 0.0, weight_decay), ())
         if not self._has_kernel(rule, leaves):
             return self._compose(leaves, scale, weight_decay)
-        updated, changes = [], []
+        updated: list[mx.array] = []
+        changes: list[dict[str, mx.array]] = []
         for gradient, parameter, state in zip(
             leaves.gradients, leaves.parameters, leaves.states, strict=True
         ):
+            if parameter.size == 0:  # MLX 0.32.4 may not return from its reductions
+                updated.append(parameter)
+                changes.append({})
+                continue
             state = {key: self._cast(value) for key, value in state.items()}
-            if scale is not None:
-                gradient = (gradient * mx.abs(scale)).astype(gradient.dtype)
             rms = self._compute_rms(parameter)
             learning_rate = self._compute_learning_rate(self.step, rms)
-            direction, change = self._direction(gradient, state, rms.dtype)
-            step_size = learning_rate / mx.maximum(
-                1.0, self._compute_rms(direction) / self.clip_threshold
-            )
+            direction, change = self._direction(gradient, state, rms.dtype, scale)
+            direction_rms = self._compute_rms(direction)
+            step_size = learning_rate
+            if scale is not None:  # it is folded in where the direction is used
+                direction_rms = direction_rms * mx.abs(scale)
+                step_size = step_size * mx.abs(scale)
+            step_size = step_size / mx.maximum(1.0, direction_rms / self.clip_threshold)
             if scale is not None:
                 skip = scale < 0
                 step_size = mx.where(skip, -1.0, step_size)
@@ -142,16 +159,31 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         return Updated(updated, changes)
 
     def _direction(
-        self, gradient: mx.array, state: dict[str, mx.array], dtype: mx.Dtype
+        self,
+        gradient: mx.array,
+        state: dict[str, mx.array],
+        dtype: mx.Dtype,
+        scale: mx.array | None,
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """The gradient over the root of its running mean square, and those means."""
+        """The gradient over the root of its running mean square, and those means.
+
+        The means are those of the scaled gradient; the gradient itself is not scaled.
+        """
         beta_2 = 1.0 - (self.step**self.decay_rate).astype(dtype)
+
         square = mx.square(gradient) + self.eps[0]
+
+        def running(key: str, mean: mx.array) -> mx.array:
+            if scale is not None:
+                mean = mean * mx.square(scale)
+            mean = beta_2 * state[key] + (1 - beta_2) * mean
+            return mean if scale is None else mean.astype(state[key].dtype)
+
         if gradient.ndim < 2:
-            mean = beta_2 * state["exp_avg_sq"] + (1 - beta_2) * square
+            mean = running("exp_avg_sq", square)
             return mx.rsqrt(mean) * gradient, {"exp_avg_sq": mean}
         means = {
-            key: beta_2 * state[key] + (1 - beta_2) * mx.mean(square, axis=axis)
-            for key, axis in (("exp_avg_sq_row", -1), ("exp_avg_sq_col", -2))
+            "exp_avg_sq_row": running("exp_avg_sq_row", mx.mean(square, axis=-1)),
+            "exp_avg_sq_col": running("exp_avg_sq_col", mx.mean(square, axis=-2)),
         }
         return self._approximate_exp_moving_avg(*means.values()) * gradient, means

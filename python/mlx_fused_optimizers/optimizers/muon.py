@@ -87,15 +87,20 @@ class Muon(FusedOptimizer, stock.Muon):
         )
         if not self._has_kernel(moment, leaves):
             return self._compose(leaves, scale, weight_decay)
-        # In this rule the gradient is what changes, and the parameter is read.
-        directions, (moments,) = self._fused(
-            moment, gradients, parameters, states, scale, self.learning_rate
-        )
         # Matrices of one aspect ratio share their learning rate, and a launch.
         groups: dict[float, list[int]] = {}
-        for i, direction in enumerate(directions):
-            directions[i], stretch = self._orthogonalized(direction)
+        directions, moments = [], []
+        for i, leaf in enumerate(zip(gradients, parameters, states, strict=True)):
+            gradient, parameter, state = leaf
+            # In this rule the gradient is what changes, and the parameter is read.
+            # One at a time: a direction need not wait for the others.
+            (direction,), ((v,),) = self._fused(
+                moment, [gradient], [parameter], [state], scale, self.learning_rate
+            )
+            direction, stretch = self._orthogonalized(direction)
             groups.setdefault(stretch, []).append(i)
+            directions.append(direction)
+            moments.append(v)
         skip = None if scale is None else mx.where(scale < 0, -1.0, 1.0)
         updated: list[Any] = [None] * len(parameters)
         for stretch, indices in groups.items():
