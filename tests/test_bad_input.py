@@ -1,5 +1,6 @@
 """Bad input: a clear error of the right type, and nothing has changed."""
 
+import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -237,3 +238,39 @@ def test_arrays_without_elements(
     mx.eval(updated, optimizer.state)
     assert updated["w"].shape == shape
     assert float(optimizer.grad_norm) == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_interrupts_at_any_moment_of_a_step() -> None:
+    """The step happened and its result was returned, or nothing happened.
+
+    But for the moment between the return and the assignment, which is the caller's.
+    """
+    mx.set_default_device(mx.cpu)
+    tree = {str(i): mx.ones((10,)) for i in range(1000)}
+    optimizer = optim.AdamW(optim.exponential_decay(1e-2, 0.9))
+    optimizer.init(tree)
+    mx.eval(optimizer.state)
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    interrupted = mismatches = 0
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(60):
+            before = snapshot(optimizer.state)
+            result = None
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 2e-4 + i * 4e-4)
+                result = optimizer.apply_gradients(tree, tree)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            changed = snapshot(optimizer.state) != before
+            mismatches += changed != (result is not None)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert interrupted > 5
+    assert mismatches <= 1

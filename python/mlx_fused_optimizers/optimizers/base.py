@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import mlx.core as mx
@@ -171,8 +170,12 @@ class Optimizer(stock.Optimizer):
         if apply_gradients is not Optimizer.apply_gradients:  # a user's own
             model.update(self.apply_gradients(gradients, model))
             return
-        with self._unchanged_on_error():
+        undo = self._remember()
+        try:
             model.update(self._step(gradients, model, None))
+        except BaseException:
+            undo()
+            raise
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """Apply the gradients to the parameters and return the updated parameters.
@@ -190,19 +193,24 @@ class Optimizer(stock.Optimizer):
             TypeError: If a gradient or parameter is no array.
             ValueError: If shapes do not fit, or a schedule gives no scalar.
         """
-        with self._unchanged_on_error():
+        undo = self._remember()
+        try:
+            # Returned from here, so that no interrupt falls behind the guard.
             return self._step(gradients, parameters, None)
+        except BaseException:
+            undo()
+            raise
 
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
+    def _remember(self) -> Callable[[], None]:
+        """What undoes every change of the optimizer's state from now on."""
         was_initialized = self._initialized
         before = Snapshot(self.state)
-        try:
-            yield
-        except BaseException:
+
+        def undo() -> None:
             before.restore()
             self._initialized = was_initialized
-            raise
+
+        return undo
 
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
         """One step; clip is given where it was measured over more than these."""

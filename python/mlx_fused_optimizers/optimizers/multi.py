@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_map, tree_merge
 
-from .._trees import Snapshot, collect_leaves
+from .._trees import collect_leaves
 from .base import Clip, Leaves, Optimizer, StepOptions
 
 if TYPE_CHECKING:
@@ -81,17 +80,16 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
             optimizer.init(part)
         self._add_option_state()
 
-    @contextmanager
-    def _unchanged_on_error(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            before = Snapshot(self.state)
-            for optimizer in self.optimizers:
-                stack.callback(
-                    setattr, optimizer, "_initialized", optimizer._initialized
-                )
-            stack.callback(before.restore)
-            yield
-            stack.pop_all()  # no error: nothing to undo
+    def _remember(self) -> Callable[[], None]:
+        undo_own = super()._remember()
+        initialized = [o._initialized for o in self.optimizers]
+
+        def undo() -> None:
+            undo_own()
+            for optimizer, was in zip(self.optimizers, initialized, strict=True):
+                optimizer._initialized = was
+
+        return undo
 
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
         if clip is None:
