@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_fused_optimizers as optim
 import pytest
+from mypy import api as mypy_api
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ["clipping", "filters", "schedulers", "optimizers.base"]
@@ -69,9 +70,8 @@ WRONG = 'optim.AdamW(1e-3, max_grad_norm="one")\n'
 
 
 def test_types_of_a_users_program(tmp_path: Path) -> None:
-    mypy = pytest.importorskip("mypy.api", reason="make lint installs mypy")
     path = tmp_path / "program.py"
     for text, expected in ((PROGRAM, 0), (PROGRAM + WRONG, 1)):
         path.write_text(text)
-        output, _, status = mypy.run(["--strict", str(path)])
+        output, _, status = mypy_api.run(["--strict", str(path)])
         assert status == expected, output
