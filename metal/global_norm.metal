@@ -74,13 +74,14 @@ template <typename G>
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float sums[simd_size];
   const uint i = tensor_of_tile(tile, tensors, count);
-  const device G* gradient =
-      i < 6 ? one_of_six<const G>(i, g0, g1, g2, g3, g4, g5)
-      : i < 12
-      ? one_of_six<const G>(i - 6, g6, g7, g8, g9, g10, g11)
-      : i < 18
-      ? one_of_six<const G>(i - 12, g12, g13, g14, g15, g16, g17)
-      : one_of_six<const G>(i - 18, g18, g19, g20, g21, g22, g23);
+  const device G* gradient = one_of_six<const G>(i, g0, g1, g2, g3, g4, g5);
+  if (i >= 18) {
+    gradient = one_of_six<const G>(i - 18, g18, g19, g20, g21, g22, g23);
+  } else if (i >= 12) {
+    gradient = one_of_six<const G>(i - 12, g12, g13, g14, g15, g16, g17);
+  } else if (i >= 6) {
+    gradient = one_of_six<const G>(i - 6, g6, g7, g8, g9, g10, g11);
+  }
   float sum = 0;
   for (int vector = 0; vector < vectors_each; ++vector) {
     const int64_t start =

@@ -93,10 +93,17 @@ METAL_FUNC device T* one_of_six(
     device T* a3,
     device T* a4,
     device T* a5) {
-  return i == 0 ? a0
-      : i == 1  ? a1
-      : i == 2  ? a2
-      : i == 3  ? a3
-      : i == 4  ? a4
-                : a5;
+  device T* chosen = a0;
+  if (i == 1) {
+    chosen = a1;
+  } else if (i == 2) {
+    chosen = a2;
+  } else if (i == 3) {
+    chosen = a3;
+  } else if (i == 4) {
+    chosen = a4;
+  } else if (i == 5) {
+    chosen = a5;
+  }
+  return chosen;
 }
