@@ -358,3 +358,16 @@ def test_every_public_name_of_mlx_optimizers_is_here() -> None:
             assert issubclass(value, getattr(stock, name))
             if issubclass(value, stock.Optimizer):
                 assert issubclass(value, optim.Optimizer)
+
+
+def test_adafactor_without_a_learning_rate(backend: str) -> None:
+    rng = np.random.default_rng(8)
+    start = {"w": random_array(rng, (7, 5), mx.float32)}
+    ours, theirs = optim.Adafactor(), stock.Adafactor()
+    mine, reference = copy_tree(start), copy_tree(start)
+    for _ in range(3):
+        gradients = fill(start, rng, mx.float32)
+        mine = ours.apply_gradients(gradients, mine)
+        reference = theirs.apply_gradients(gradients, reference)
+    assert_trees_match(mine, reference, 1e-5, 1e-6)
+    assert_trees_match(ours.state, theirs.state, 1e-5, 1e-6)

@@ -87,8 +87,6 @@ class Launch {
   bool empty() const { return tensors_.empty(); }
   uint32_t count() const { return tensors_.size(); }
   uint32_t tiles() const { return tiles_; }
-  const std::vector<LaunchTensor>& tensors() const { return tensors_; }
-  const std::vector<int64_t>& walks() const { return walks_; }
 
   void bind(mx::metal::CommandEncoder& encoder, int tensors, int count,
             int walks) const {

@@ -115,7 +115,14 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
     def _update_leaves(
         self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
     ) -> Updated:
-        rule = FusedRule("", (self.beta_1 or 0.0, weight_decay), ())
+        if self.beta_1 is None:
+            rule = FusedRule("adafactor", (weight_decay,), ())
+        else:
+            rule = FusedRule(
+                "adafactor_with_moment",
+                (self.beta_1, 1 - self.beta_1, weight_decay),
+                ("exp_avg",),
+            )
         if not self._has_kernel(rule, leaves):
             return self._compose(leaves, scale, weight_decay)
         updated: list[mx.array] = []
@@ -141,14 +148,6 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
                 skip = scale < 0
                 step_size = mx.where(skip, -1.0, step_size)
                 change = {k: mx.where(skip, state[k], x) for k, x in change.items()}
-            if self.beta_1 is None:
-                rule = FusedRule("adafactor", (weight_decay,), ())
-            else:
-                rule = FusedRule(
-                    "adafactor_with_moment",
-                    (self.beta_1, 1 - self.beta_1, weight_decay),
-                    ("exp_avg",),
-                )
             (result,), moments = self._fused(
                 rule, [parameter], [direction], [state], step_size, learning_rate
             )

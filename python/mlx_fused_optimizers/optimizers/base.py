@@ -443,7 +443,8 @@ class FusedOptimizer(Optimizer):
 
         Upstream takes whatever MLX's operators do, such as NumPy arrays as moments.
         """
-        scalars = (self.learning_rate, self.step)
+        # Adafactor need not have a learning rate.
+        scalars = (self.state.get("learning_rate", self.step), self.step)
         return (
             all(isinstance(x, mx.array) and x.ndim == 0 for x in scalars)
             and all(isinstance(h, (int, float)) for h in rule.hyperparameters)
