@@ -133,11 +133,12 @@ def updated_inputs(node: Node) -> list[str]:
     """The input that each output of a FusedUpdate is the new value of.
 
     Inputs are, for each tensor, its parameter, states and gradient; then two or three
-    scalars. Outputs are, for each tensor, its parameter and states.
+    scalars, and perhaps an array that is computed first. Outputs are, for each tensor,
+    its parameter and states.
     """
     for each in (1, 2, 3):
         tensors, rest = divmod(len(node.outputs), each)
-        if rest == 0 and len(node.inputs) - tensors * (each + 1) in (2, 3):
+        if rest == 0 and len(node.inputs) - tensors * (each + 1) in (2, 3, 4):
             starts = range(0, tensors * (each + 1), each + 1)
             return [label for i in starts for label in node.inputs[i : i + each]]
     raise ValueError(f"FusedUpdate with {len(node.inputs)} inputs is not understood")

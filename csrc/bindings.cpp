@@ -59,16 +59,16 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
          const std::vector<mlx_fused::Arrays>& states,
          const mlx::core::array& learning_rate, const mlx::core::array& step,
          const std::optional<mlx::core::array>& gradient_scale,
-         bool keep_dtypes) {
+         bool keep_dtypes, const mlx_fused::Arrays& after) {
         auto result = mlx_fused::fused_update(
             rule, hyperparameters, parameters, gradients, states, learning_rate,
-            step, gradient_scale, keep_dtypes);
+            step, gradient_scale, keep_dtypes, after);
         warn_of_failures();
         return result;
       },
       "rule"_a, "hyperparameters"_a, "parameters"_a, "gradients"_a, "states"_a,
       "learning_rate"_a, "step"_a, "gradient_scale"_a = nb::none(),
-      "keep_dtypes"_a = false,
+      "keep_dtypes"_a = false, "after"_a = mlx_fused::Arrays{},
       "One optimizer step; returns the new parameters and states.");
   m.def(
       "global_norm",

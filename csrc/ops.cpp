@@ -132,7 +132,7 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     const Arrays& parameters, const Arrays& gradients,
     const std::vector<Arrays>& states, const mx::array& learning_rate,
     const mx::array& step, const std::optional<mx::array>& gradient_scale,
-    bool keep_dtypes, mx::StreamOrDevice s) {
+    bool keep_dtypes, const Arrays& after, mx::StreamOrDevice s) {
   const Rule rule = rule_named(name);
   const auto& rule_traits = traits(rule);
   const size_t count = parameters.size();
@@ -154,6 +154,7 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     tail.push_back(scalar("gradient_scale", *gradient_scale, mx::float32, s));
     given_tail.push_back(tail.back());
   }
+  tail.insert(tail.end(), after.begin(), after.end());
 
   Arrays new_parameters = parameters;
   std::vector<Arrays> new_states = states;
@@ -273,7 +274,7 @@ Arrays scale(const Arrays& arrays, const mx::array& factor,
              mx::StreamOrDevice s) {
   const mx::array unused(0.0f);
   return fused_update("scale", {}, arrays, {}, {}, unused,
-                      mx::array(uint64_t{0}), factor, false, s)
+                      mx::array(uint64_t{0}), factor, false, {}, s)
       .first;
 }
 

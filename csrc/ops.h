@@ -19,7 +19,8 @@ using Arrays = std::vector<mx::array>;
 // One optimizer step by the rule of that name. states[k][i] is state k of
 // parameter i; every gradient is multiplied by gradient_scale first, if given,
 // and a negative gradient_scale changes nothing. A gradient or state of a wider
-// dtype widens what it is added to, unless keep_dtypes is set.
+// dtype widens what it is added to, unless keep_dtypes is set. Kernels run when
+// the arrays of `after` are computed; no result depends on those.
 // Returns the new parameters and states in the same order. Throws
 // std::invalid_argument before anything is changed.
 std::pair<Arrays, std::vector<Arrays>> fused_update(
@@ -27,7 +28,8 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     const Arrays& parameters, const Arrays& gradients,
     const std::vector<Arrays>& states, const mx::array& learning_rate,
     const mx::array& step, const std::optional<mx::array>& gradient_scale,
-    bool keep_dtypes = false, mx::StreamOrDevice s = {});
+    bool keep_dtypes = false, const Arrays& after = {},
+    mx::StreamOrDevice s = {});
 
 // The global L2 norm of the arrays, and min(max_norm / (norm + 1e-6), 1); both
 // float32 scalars. float32, float16 and bfloat16 arrays of any shape.

@@ -25,8 +25,8 @@ constexpr int max_group_size(int states) { return states == 2 ? 4 : 6; }
 // Where the arrays of a group stand. Inputs: for each tensor its parameter, its
 // states and its gradient; then learning rate (float32), step (uint64) and, if
 // scaled, the factor that multiplies every gradient (float32), or a negative
-// number: then nothing is changed. Outputs: for each tensor its parameter and
-// states.
+// number: then nothing is changed; then whatever is to be computed before.
+// Outputs: for each tensor its parameter and states.
 struct GroupLayout {
   int tensors;
   int states;

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
@@ -49,12 +50,14 @@ DECAYING_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def optimizer_ids(optimizers: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Names for pytest."""
-    return [f"{name}-{'-'.join(options)}" for name, options in optimizers]
+def for_each(optimizers: list[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:
+    """Parametrizes a test over ``name`` and ``options``."""
+    ids = [f"{name}-{'-'.join(options)}" for name, options in optimizers]
+    return pytest.mark.parametrize(("name", "options"), optimizers, ids=ids)
 
 
-OPTIMIZER_IDS = optimizer_ids(OPTIMIZERS)
+every_fused_optimizer = for_each(OPTIMIZERS)
+every_optimizer = for_each(ALL_OPTIMIZERS)
 
 
 def random_array(

@@ -13,16 +13,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from support import (
-    ALL_OPTIMIZERS,
     FLOATS,
     LAYOUTS,
-    OPTIMIZER_IDS,
-    OPTIMIZERS,
     assert_trees_match,
     copy_tree,
+    every_fused_optimizer,
+    every_optimizer,
     fill,
     leaves_of,
-    optimizer_ids,
     random_array,
     snapshot,
     to_numpy,
@@ -32,12 +30,6 @@ from support import (
 # A step may differ by rounding alone.
 STEP_TOLERANCE = 2e-6
 
-every_optimizer = pytest.mark.parametrize(
-    ("name", "options"), OPTIMIZERS, ids=OPTIMIZER_IDS
-)
-every_optimizer_and_partly_fused = pytest.mark.parametrize(
-    ("name", "options"), ALL_OPTIMIZERS, ids=optimizer_ids(ALL_OPTIMIZERS)
-)
 # The backend fixture sets a device for the whole test, which suits every example.
 many = settings(
     max_examples=15,
@@ -57,7 +49,7 @@ def both(name: str, options: dict[str, Any], learning_rate: Any = 1e-2) -> Any:
     )
 
 
-@every_optimizer_and_partly_fused
+@every_optimizer
 @many
 @given(shapes=trees(), seed=st.integers(0, 2**32), layout=st.sampled_from([*LAYOUTS]))
 def test_one_step_of_float32_agrees(
@@ -86,7 +78,7 @@ def test_one_step_of_float32_agrees(
         assert_trees_match(ours.state, theirs.state, STEP_TOLERANCE, absolute)
 
 
-@every_optimizer_and_partly_fused
+@every_optimizer
 def test_hundred_steps_of_float32_agree(
     backend: str, name: str, options: dict[str, Any]
 ) -> None:
@@ -109,7 +101,7 @@ def test_hundred_steps_of_float32_agree(
         assert_trees_match(ours.state, theirs.state, STEP_TOLERANCE * step, 1e-7)
 
 
-@every_optimizer
+@every_fused_optimizer
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @many
 @given(shapes=trees(6), seed=st.integers(0, 2**32), layout=st.sampled_from([*LAYOUTS]))
@@ -152,7 +144,7 @@ def test_half_precision_is_the_float32_step_rounded_once(
     assert_trees_match(ours.state, narrow(theirs.state, ours.state), tolerance)
 
 
-@every_optimizer
+@every_fused_optimizer
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_half_precision_stays_closer_to_float32_than_stock(
     backend: str, name: str, options: dict[str, Any], dtype: mx.Dtype
@@ -180,7 +172,7 @@ def test_half_precision_stays_closer_to_float32_than_stock(
     assert np.isnan(error(half)) or error(mine) <= error(half) * 1.03
 
 
-@every_optimizer
+@every_fused_optimizer
 @pytest.mark.parametrize("gradient_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("parameter_dtype", FLOATS, ids=str)
 def test_mixed_dtypes_promote_as_in_mlx(
@@ -204,7 +196,7 @@ def test_mixed_dtypes_promote_as_in_mlx(
         assert_trees_match(mine, theirs, tolerance, tolerance)
 
 
-@every_optimizer_and_partly_fused
+@every_optimizer
 def test_other_dtypes_take_the_composed_path(
     backend: str, name: str, options: dict[str, Any]
 ) -> None:
@@ -222,7 +214,7 @@ def test_other_dtypes_take_the_composed_path(
         assert_trees_match(mine, theirs, STEP_TOLERANCE)
 
 
-@every_optimizer
+@every_fused_optimizer
 def test_gradients_that_broadcast(
     backend: str, name: str, options: dict[str, Any]
 ) -> None:
@@ -299,7 +291,7 @@ def train(
         mx.eval(model.parameters(), optimizer.state)
 
 
-@every_optimizer_and_partly_fused
+@every_optimizer
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_documented_training_loop(
     backend: str, name: str, options: dict[str, Any], compiled: bool
@@ -322,7 +314,7 @@ def test_documented_training_loop(
     assert_trees_match(ours.state, theirs.state, 1e-3, 1e-5)
 
 
-@every_optimizer_and_partly_fused
+@every_optimizer
 def test_checkpoints_of_either_library_load_in_the_other(
     backend: str, name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:

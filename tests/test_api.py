@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from support import (
-    OPTIMIZER_IDS,
-    OPTIMIZERS,
     assert_trees_match,
     copy_tree,
+    every_fused_optimizer,
     fill,
     leaves_of,
     random_array,
     snapshot,
     to_numpy,
-)
-
-every_optimizer = pytest.mark.parametrize(
-    ("name", "options"), OPTIMIZERS, ids=OPTIMIZER_IDS
 )
 
 
@@ -36,7 +31,7 @@ def parameters_and_gradients(seed: int = 0) -> tuple[Any, Any]:
     return parameters, fill(parameters, rng, mx.float32)
 
 
-@every_optimizer
+@every_fused_optimizer
 def test_state_has_stock_keys_before_and_after_init(
     backend: str, name: str, options: dict[str, Any]
 ) -> None:

@@ -9,11 +9,8 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
-from support import OPTIMIZER_IDS, OPTIMIZERS, leaves_of, random_array, to_numpy
+from support import every_fused_optimizer, leaves_of, random_array, to_numpy
 
-every_optimizer = pytest.mark.parametrize(
-    ("name", "options"), OPTIMIZERS, ids=OPTIMIZER_IDS
-)
 X = random_array(np.random.default_rng(0), (4, 3), mx.float32)
 START = random_array(np.random.default_rng(1), (3,), mx.float32)
 
@@ -46,7 +43,7 @@ def assert_close(mine: mx.array, theirs: mx.array) -> None:
     np.testing.assert_allclose(to_numpy(mine), to_numpy(theirs), rtol=2e-5, atol=1e-6)
 
 
-@every_optimizer
+@every_fused_optimizer
 def test_gradients_of_first_and_second_order(
     backend: str, name: str, options: dict[str, Any]
 ) -> None:
@@ -62,7 +59,7 @@ def test_gradients_of_first_and_second_order(
     assert_close(a, b)
 
 
-@every_optimizer
+@every_fused_optimizer
 def test_forward_mode(backend: str, name: str, options: dict[str, Any]) -> None:
     tangent = mx.array([1.0, -2.0, 0.5])
     (_, (mine,)), (_, (theirs,)) = (
@@ -71,7 +68,7 @@ def test_forward_mode(backend: str, name: str, options: dict[str, Any]) -> None:
     assert_close(mine, theirs)
 
 
-@every_optimizer
+@every_fused_optimizer
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0), (1, 0), (0, 1)])
 def test_vmap_over_parameters_and_gradients(
     backend: str, name: str, options: dict[str, Any], axes: tuple[Any, Any]
@@ -94,7 +91,7 @@ def test_vmap_over_parameters_and_gradients(
         assert_close(x, theirs[path])
 
 
-@every_optimizer
+@every_fused_optimizer
 def test_vmap_of_a_gradient(backend: str, name: str, options: dict[str, Any]) -> None:
     batch = random_array(np.random.default_rng(3), (4, 3), mx.float32)
     mine, theirs = (mx.vmap(mx.grad(f))(batch) for f in both(name, options))

@@ -12,6 +12,7 @@ def fused_update(
     step: mx.array,
     gradient_scale: mx.array | None = None,
     keep_dtypes: bool = False,
+    after: Sequence[mx.array] = (),
 ) -> tuple[list[mx.array], list[list[mx.array]]]: ...
 def global_norm(
     arrays: Sequence[mx.array], max_norm: mx.array

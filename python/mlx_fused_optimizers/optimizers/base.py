@@ -465,6 +465,7 @@ class FusedOptimizer(Optimizer):
         states: list[Any],
         scale: mx.array | None,
         learning_rate: mx.array,
+        after: list[mx.array] | None = None,
     ) -> tuple[list[mx.array], list[list[mx.array]]]:
         return _ext.fused_update(
             rule.name,
@@ -476,6 +477,7 @@ class FusedOptimizer(Optimizer):
             self.step,
             scale,
             keep_dtypes=self.state_dtype is not None,
+            after=after or [],
         )
 
     def _compose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -18,6 +19,9 @@ from .base import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+_LARGE = 1 << 18  # elements
 
 
 class Muon(FusedOptimizer, stock.Muon):
@@ -87,44 +91,64 @@ class Muon(FusedOptimizer, stock.Muon):
         )
         if not self._has_kernel(moment, leaves):
             return self._compose(leaves, scale, weight_decay)
-        # Matrices of one aspect ratio share their learning rate, and a launch.
-        groups: dict[float, list[int]] = {}
-        directions, moments = [], []
-        for i, leaf in enumerate(zip(gradients, parameters, states, strict=True)):
-            gradient, parameter, state = leaf
-            # In this rule the gradient is what changes, and the parameter is read.
-            # One at a time: a direction need not wait for the others.
-            (direction,), ((v,),) = self._fused(
-                moment, [gradient], [parameter], [state], scale, self.learning_rate
-            )
-            direction, stretch = self._orthogonalized(direction)
-            groups.setdefault(stretch, []).append(i)
-            directions.append(direction)
-            moments.append(v)
         skip = None if scale is None else mx.where(scale < 0, -1.0, 1.0)
         updated: list[Any] = [None] * len(parameters)
-        for stretch, indices in groups.items():
+        moments: list[Any] = [None] * len(parameters)
+        # The iterations need many times a matrix' memory: one begins when those
+        # before it have ended. Gradients are ready from the last layer to the first.
+        after: list[mx.array] = []
+        rates: dict[float, mx.array] = {}
+        for stretch, indices in _launches(parameters):
+            directions = []
+            for i in indices:
+                # In this rule the gradient is what changes, and the parameter is read.
+                (direction,), ((moments[i],),) = self._fused(
+                    moment,
+                    [gradients[i]],
+                    [parameters[i]],
+                    [states[i]],
+                    scale,
+                    self.learning_rate,
+                    after,
+                )
+                directions.append(self._orthogonalized(direction))
+                after = directions[-1:]
             results, _ = self._fused(
                 FusedRule("sgd", (0.0,), ()),
                 [parameters[i] for i in indices],
-                [directions[i] for i in indices],
+                directions,
                 [],
                 skip,
-                self.learning_rate * stretch,
+                rates.setdefault(stretch, self.learning_rate * stretch),
             )
             for i, result in zip(indices, results, strict=True):
                 updated[i] = result
+            after = results[-1:]
         return Updated(updated, [{"v": v} for v in moments])
 
-    def _orthogonalized(self, direction: mx.array) -> tuple[mx.array, float]:
-        """The direction made orthogonal, and the factor of its learning rate."""
-        if direction.ndim < 2:
-            return direction, 1.0
-        rows, columns = direction.shape[-2:]
-        if direction.size == 0:
-            return direction, 1.0
+    def _orthogonalized(self, direction: mx.array) -> mx.array:
+        if direction.ndim < 2 or direction.size == 0:
+            return direction
         matrix = direction
         if direction.ndim > 2:
             matrix = direction.reshape(direction.shape[0], -1)
-        result = self._zeropower_via_newtonschulz5(matrix, steps=self.ns_steps)
-        return result.reshape(direction.shape), max(1, rows / columns) ** 0.5
+        matrix = self._zeropower_via_newtonschulz5(matrix, steps=self.ns_steps)
+        return mx.reshape(matrix, direction.shape)
+
+
+def _launches(parameters: list[Any]) -> Iterator[tuple[float, list[int]]]:
+    """Parameters that are written together, and the factor of their learning rate.
+
+    Few, because their directions are kept until then, and of one aspect ratio.
+    """
+    groups: dict[float, list[int]] = {}
+    for i in reversed(range(len(parameters))):
+        shape = parameters[i].shape
+        is_matrix = len(shape) >= 2 and parameters[i].size > 0
+        stretch = max(1.0, shape[-2] / shape[-1]) ** 0.5 if is_matrix else 1.0
+        group = groups.setdefault(stretch, [])
+        group.append(i)
+        elements = sum(parameters[j].size for j in group)
+        if elements >= _LARGE or len(group) == 4:
+            yield stretch, groups.pop(stretch)
+    yield from groups.items()
