@@ -9,6 +9,7 @@
 #include "cpu/parallel.h"
 #include "ops.h"
 #include "primitives.h"
+#include "trees.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -41,10 +42,6 @@ std::vector<std::string> rule_names() {
 }
 
 }  // namespace
-
-#ifndef MLX_FUSED_MODULE
-#define MLX_FUSED_MODULE _ext
-#endif
 
 NB_MODULE(MLX_FUSED_MODULE, m) {
   m.doc() = "Fused optimizer updates for MLX.";
@@ -108,6 +105,56 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       "array"_a,
       "What is wrong with the default device's norm of arrays of this dtype, "
       "or None.");
+  using mlx_fused::Leaves;
+  nb::class_<Leaves>(m, "Leaves",
+                     "The leaves of a step's trees, collected in one walk.")
+      .def(nb::init<nb::object, nb::object, nb::object>(), "gradients"_a,
+           "parameters"_a = nb::none(), "state"_a = nb::none())
+      .def("__len__", &Leaves::size)
+      .def_prop_ro("tree", &Leaves::tree)
+      .def_prop_ro("gradients", &Leaves::gradients)
+      .def_prop_ro("parameters", &Leaves::parameters)
+      .def_prop_ro("states", &Leaves::states)
+      .def("dtypes", &Leaves::dtypes,
+           "The distinct dtypes of the gradients; None if something is no "
+           "array.")
+      .def(
+          "global_norm",
+          [](const Leaves& leaves, const mlx::core::array& max_norm) {
+            auto result = leaves.global_norm(max_norm);
+            warn_of_failures();
+            return result;
+          },
+          "max_norm"_a, "As global_norm, of the gradients.")
+      .def(
+          "fused_update",
+          [](Leaves& leaves, const std::string& rule,
+             const std::vector<double>& hyperparameters,
+             const std::vector<nb::str>& keys,
+             const mlx::core::array& learning_rate,
+             const mlx::core::array& step,
+             const std::optional<mlx::core::array>& gradient_scale,
+             const std::optional<mlx::core::Dtype>& state_dtype,
+             const std::optional<std::vector<size_t>>& indices) {
+            const bool done =
+                leaves.fused_update(rule, hyperparameters, keys, learning_rate,
+                                    step, gradient_scale, state_dtype, indices);
+            warn_of_failures();
+            return done;
+          },
+          "rule"_a, "hyperparameters"_a, "keys"_a, "learning_rate"_a, "step"_a,
+          "gradient_scale"_a.none(), "state_dtype"_a.none(), "indices"_a.none(),
+          "Updates leaves by a rule; False if something is no array.")
+      .def("set", &Leaves::set, "index"_a, "parameter"_a, "changes"_a,
+           "What another way of computing it made of a leaf.")
+      .def("commit", &Leaves::commit,
+           "Writes the changes of the states; returns the updated parameters.")
+      .def("replace", &Leaves::replace, "leaves"_a,
+           "The gradients' tree with other leaves.");
+  using mlx_fused::Snapshot;
+  nb::class_<Snapshot>(m, "Snapshot", "What a tree's dicts and lists hold now.")
+      .def(nb::init<nb::handle>(), "tree"_a)
+      .def("restore", &Snapshot::restore, "Undoes every change since.");
   m.def("rule_names", &rule_names, "The rules that fused_update knows.");
   m.def("reset_trust", &mlx_fused::reset_trust,
         "Check every Metal kernel anew when it is next used.");

@@ -105,26 +105,22 @@ Placement::Placement(const std::vector<mx::array>& inputs,
   const bool is_traced =
       std::any_of(outputs.begin(), outputs.end(),
                   [](const mx::array& a) { return a.is_tracer(); });
-  for (auto& output : outputs) {
-    targets_.emplace_back(output.shape(), output.dtype(), nullptr,
-                          std::vector<mx::array>{});
-    if (!is_traced && &output.inputs() != &inputs) {
-      released_.push_back(output);
+  for (size_t i = 0; i < outputs.size() && !is_traced; ++i) {
+    if (&outputs[i].inputs() != &inputs) {
+      outputs[i].inputs().clear();
+      released_ |= 1u << i;
     }
-  }
-  for (auto& output : released_) {
-    output.inputs().clear();
   }
   try {
     for (int tensor = 0; tensor < layout.tensors; ++tensor) {
       for (int k = 0; k < layout.outputs_each(); ++k) {
         const auto& in = inputs[layout.input(tensor, k)];
-        auto& target = targets_[layout.output(tensor, k)];
-        in_place_.push_back(can_donate(in, target));
-        if (in_place_.back()) {
-          target.copy_shared_buffer(in);
+        auto& out = target(tensor, k);
+        if (can_donate(in, out)) {
+          out.copy_shared_buffer(in);
+          in_place_ |= 1u << layout.output(tensor, k);
         } else {
-          allocate(target);
+          allocate(out);
         }
       }
     }
@@ -134,21 +130,27 @@ Placement::Placement(const std::vector<mx::array>& inputs,
   }
 }
 
-Placement::~Placement() { undo(); }
+Placement::~Placement() {
+  if (!committed_) {
+    undo();
+  }
+}
 
 void Placement::undo() {
-  for (auto& output : released_) {
-    output.inputs() = inputs_;
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    auto& out = outputs_[i];
+    out.copy_shared_buffer(mx::array(out.shape(), out.dtype(), nullptr, {}));
+    if (released_ >> i & 1) {
+      out.inputs() = inputs_;
+    }
   }
-  released_.clear();
 }
 
 void Placement::commit() {
+  committed_ = true;
   for (size_t i = 0; i < outputs_.size(); ++i) {
-    outputs_[i].copy_shared_buffer(targets_[i]);
-    copied += in_place_[i] ? 0 : outputs_[i].nbytes();
+    copied += in_place_ >> i & 1 ? 0 : outputs_[i].nbytes();
   }
-  released_.clear();
 }
 
 void allocate(mx::array& a) {

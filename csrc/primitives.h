@@ -105,8 +105,8 @@ class GlobalNorm : public mx::Primitive {
 //
 // Each output of a primitive holds the list of its inputs, so that none of them
 // would ever be donatable; the other outputs are made to let go of theirs.
-// Until commit() that is undone when an exception comes: what MLX's streams and
-// allocators throw leaves the graph such that it can be evaluated again.
+// Until commit() all that is undone when an exception comes: what MLX's streams
+// and allocators throw leaves the graph such that it can be evaluated again.
 class Placement {
  public:
   // Earlier work that is still under way holds what it reads: wait(), if given,
@@ -118,15 +118,15 @@ class Placement {
   Placement(const Placement&) = delete;
   Placement& operator=(const Placement&) = delete;
 
-  // An array with the memory of output(tensor, k).
+  // The output that takes the place of input(tensor, k).
   mx::array& target(int tensor, int k) {
-    return targets_[layout_.output(tensor, k)];
+    return outputs_[layout_.output(tensor, k)];
   }
   // Whether that is the input's memory.
   bool in_place(int tensor, int k) const {
-    return in_place_[layout_.output(tensor, k)];
+    return in_place_ >> layout_.output(tensor, k) & 1;
   }
-  // Gives the outputs their memory: the work on it is under way.
+  // The work on the outputs is under way: they keep their memory.
   void commit();
 
  private:
@@ -135,9 +135,9 @@ class Placement {
   const std::vector<mx::array>& inputs_;
   std::vector<mx::array>& outputs_;
   GroupLayout layout_;
-  std::vector<mx::array> targets_;
-  std::vector<bool> in_place_;
-  std::vector<mx::array> released_;
+  uint32_t released_ = 0;  // a bit for each output, as in_place_
+  uint32_t in_place_ = 0;
+  bool committed_ = false;
 };
 
 // Whether an earlier evaluation put the work under way before MLX threw. It

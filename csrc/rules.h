@@ -54,6 +54,14 @@ constexpr RuleTraits rule_table[] = {
 #undef MLX_FUSED_RULE
 };
 
+constexpr int max_hyperparameters = [] {
+  int most = 0;
+  for (const auto& rule : rule_table) {
+    most = rule.hyperparameters > most ? rule.hyperparameters : most;
+  }
+  return most;
+}();
+
 constexpr const RuleTraits& traits(Rule rule) {
   return rule_table[static_cast<int>(rule)];
 }

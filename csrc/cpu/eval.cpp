@@ -1,9 +1,12 @@
 // eval_cpu: the rules over whole arrays, in blocks, on several threads.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <functional>
-#include <optional>
+#include <list>
+#include <memory>
+#include <numeric>
 #include <vector>
 
 #include "../primitives.h"
@@ -17,38 +20,48 @@ namespace mlx_fused {
 
 namespace {
 
-// Elements that a thread takes at a time. Boundaries do not depend on the
-// number of threads, and neither does any result.
+// Elements that a thread takes at a time, at least. Boundaries do not depend on
+// the number of threads, and neither does any result.
 constexpr size_t piece_size = 64 * cpu::block_size;
+// A large tensor's pieces are larger, up to this.
+constexpr size_t large_piece_size = 8 * piece_size;
 
 // Where an array's elements are. Taken while the graph is evaluated: the arrays
-// themselves may be gone when the work runs, but MLX keeps their memory.
+// themselves may be gone when the work runs.
 struct View {
-  char* data;
-  mx::Dtype::Val dtype;
-  size_t size;
-  size_t itemsize;
-  bool row_contiguous;
-  Walk walk;
-
-  explicit View(const mx::array& a)
-      : data(const_cast<char*>(a.data<char>())),
-        dtype(a.dtype().val()),
-        size(a.size()),
-        itemsize(a.itemsize()),
-        row_contiguous(a.flags().row_contiguous) {
-    if (!row_contiguous) {
-      walk = collapse(a);
-    }
-  }
+  char* data = nullptr;
+  mx::Dtype::Val dtype = mx::Dtype::Val::float32;
+  bool row_contiguous = true;
+  uint8_t itemsize = 0;
+  const Walk* walk = nullptr;  // unless row-contiguous
 
   char* at(size_t i) const { return data + i * itemsize; }
+};
+
+// What a task holds on to until it is done.
+struct Kept {
+  std::vector<std::shared_ptr<mx::array::Data>> data;
+  std::list<Walk> walks;
+
+  View view(const mx::array& a) {
+    View view{const_cast<char*>(a.data<char>()), a.dtype().val(),
+              a.flags().row_contiguous, a.itemsize()};
+    if (!view.row_contiguous) {
+      view.walk = &walks.emplace_back(collapse(a));
+    }
+    return view;
+  }
+  // Of an array that nobody else need hold.
+  View input(const mx::array& a) {
+    data.push_back(a.data_shared_ptr());
+    return view(a);
+  }
 };
 
 // Copies n elements, from the one with row-major index start on.
 template <typename T>
 void gather(const View& view, size_t start, size_t n, char* out) {
-  const auto& [shape, strides] = view.walk;
+  const auto& [shape, strides] = *view.walk;
   const int last = static_cast<int>(shape.size()) - 1;
   // Nothing here may throw: other threads are at work on the same tensors.
   int64_t position[max_walk_dimensions];
@@ -119,20 +132,94 @@ void store(const View& view, size_t start, size_t n, const float* values) {
   }
 }
 
-// Work of several arrays, cut into pieces: calls piece(tensor, start, n).
+// Work of several arrays, cut into pieces: calls piece(number, tensor, start,
+// n).
 template <typename F>
-void for_each_piece(const std::vector<size_t>& sizes, F piece) {
+void for_each_piece(const std::vector<size_t>& sizes, size_t size, F piece) {
   std::vector<size_t> first = {0};  // the number of each array's first piece
-  for (const size_t size : sizes) {
-    first.push_back(first.back() + (size + piece_size - 1) / piece_size);
+  for (const size_t elements : sizes) {
+    first.push_back(first.back() + (elements + size - 1) / size);
   }
   cpu::parallel_for(first.back(), [&](size_t i) {
     const size_t tensor =
         std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
-    const size_t start = (i - first[tensor]) * piece_size;
-    piece(i, tensor, start, std::min(piece_size, sizes[tensor] - start));
+    const size_t start = (i - first[tensor]) * size;
+    piece(i, tensor, start, std::min(size, sizes[tensor] - start));
   });
 }
+
+// One group's update, as the stream's thread runs it.
+struct UpdateTask {
+  struct Tensor {
+    View targets[3];  // parameter and states
+    View sources[3];  // where not in place
+    View gradient;    // if the rule reads one
+  };
+
+  Rule rule;
+  GroupLayout layout;
+  std::array<float, max_hyperparameters> hyperparameters;
+  const float* learning_rate;
+  const uint64_t* step;
+  const float* gradient_scale;  // null if 1
+  std::vector<Tensor> tensors;
+  std::vector<size_t> sizes;
+  Kept kept;
+
+  void operator()() const {
+    const size_t total = std::accumulate(sizes.begin(), sizes.end(), size_t{0});
+    const size_t size = std::clamp(total / 16 / piece_size * piece_size,
+                                   piece_size, large_piece_size);
+    const float scale = gradient_scale ? *gradient_scale : 1;
+    for_each_piece(sizes, size, [&](size_t, size_t i, size_t start, size_t n) {
+      const auto& tensor = tensors[i];
+      // Float32 in place needs no buffers, and so no blocks.
+      const size_t step = is_direct(tensor) ? n : cpu::block_size;
+      for (size_t end = start + n; start < end; start += step) {
+        update(tensor, start, std::min(step, end - start), scale);
+      }
+    });
+  }
+
+ private:
+  bool is_direct(const Tensor& tensor) const {
+    bool direct = !layout.reads_gradient || is_direct(tensor.gradient);
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      direct =
+          direct && is_direct(tensor.targets[k]) && !tensor.sources[k].data;
+    }
+    return direct;
+  }
+  static bool is_direct(const View& view) {
+    return view.dtype == mx::Dtype::Val::float32 && view.row_contiguous;
+  }
+
+  void update(const Tensor& tensor, size_t start, size_t n, float scale) const {
+    alignas(64) float buffers[4][cpu::block_size];
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      if (tensor.sources[k].data) {
+        gather(tensor.sources[k], start, n, tensor.targets[k].at(start));
+      }
+    }
+    // A negative scale says that nothing is to change.
+    if (scale < 0) {
+      return;
+    }
+    float* values[3] = {};  // parameter and states
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      values[k] = load(tensor.targets[k], start, n, buffers[k]);
+    }
+    const float* gradient = layout.reads_gradient
+                                ? load(tensor.gradient, start, n, buffers[3])
+                                : nullptr;
+    cpu::loops().update(rule, hyperparameters.data(), *learning_rate,
+                        static_cast<float>(*step), scale, values[0], gradient,
+                        values[1], values[2], n);
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      store(tensor.targets[k], start, n, values[k]);
+    }
+  }
+};
 
 }  // namespace
 
@@ -143,78 +230,49 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
   }
   // With a GPU, this stream may itself wait for work that the GPU gets only
   // when the graph has been walked to its end.
-  const auto wait = [&] { mx::synchronize(stream()); };
-  const bool can_wait = !mx::is_available(mx::Device(mx::Device::gpu));
+  static const bool can_wait = !mx::is_available(mx::Device(mx::Device::gpu));
+  const auto wait = [this] { mx::synchronize(stream()); };
   Placement placement(inputs, outputs, layout_,
                       can_wait ? std::function<void()>(wait) : nullptr);
 
-  struct Tensor {
-    std::vector<View> targets;                 // parameter and states
-    std::vector<std::optional<View>> sources;  // where not in place
-    std::optional<View> gradient;
-  };
-  std::vector<Tensor> tensors(layout_.tensors);
-  std::vector<size_t> sizes;
+  UpdateTask task{rule_, layout_};
+  std::copy(hyperparameters_.begin(), hyperparameters_.end(),
+            task.hyperparameters.begin());
+  auto& kept = task.kept;
+  kept.data.reserve(inputs.size());
+  task.tensors.resize(layout_.tensors);
   for (int i = 0; i < layout_.tensors; ++i) {
-    auto& tensor = tensors[i];
+    auto& tensor = task.tensors[i];
     for (int k = 0; k < layout_.outputs_each(); ++k) {
-      tensor.targets.emplace_back(placement.target(i, k));
-      tensor.sources.emplace_back();
+      tensor.targets[k] = kept.view(placement.target(i, k));
       if (!placement.in_place(i, k)) {
-        tensor.sources.back().emplace(inputs[layout_.input(i, k)]);
+        tensor.sources[k] = kept.input(inputs[layout_.input(i, k)]);
       }
     }
     if (layout_.reads_gradient) {
-      tensor.gradient.emplace(inputs[layout_.gradient(i)]);
+      tensor.gradient = kept.input(inputs[layout_.gradient(i)]);
     }
-    sizes.push_back(tensor.targets[0].size);
+    task.sizes.push_back(placement.target(i, 0).size());
   }
-  const auto* learning_rate = inputs[layout_.learning_rate()].data<float>();
-  const auto* step = inputs[layout_.step()].data<uint64_t>();
-  const auto* scale =
-      layout_.scaled ? inputs[layout_.gradient_scale()].data<float>() : nullptr;
+  const auto scalar = [&](int index) { return kept.input(inputs[index]).data; };
+  task.learning_rate =
+      reinterpret_cast<const float*>(scalar(layout_.learning_rate()));
+  task.step = reinterpret_cast<const uint64_t*>(scalar(layout_.step()));
+  task.gradient_scale =
+      layout_.scaled
+          ? reinterpret_cast<const float*>(scalar(layout_.gradient_scale()))
+          : nullptr;
 
   // The only dispatch: when it throws, nothing has been done.
-  mx::cpu::get_command_encoder(stream()).dispatch(
-      [=, rule = rule_, layout = layout_, h = float_hyperparameters(),
-       tensors = std::move(tensors), sizes = std::move(sizes)] {
-        const float rate = *learning_rate;
-        const float count = static_cast<float>(*step);
-        const float gradient_scale = scale ? *scale : 1;
-        // A negative scale says that nothing is to change.
-        const bool skip = gradient_scale < 0;
-        for_each_piece(sizes, [&](size_t, size_t i, size_t start, size_t n) {
-          const auto& tensor = tensors[i];
-          alignas(64) float buffers[4][cpu::block_size];
-          for (size_t end = start + n; start < end; start += cpu::block_size) {
-            const size_t block = std::min(cpu::block_size, end - start);
-            for (int k = 0; k < layout.outputs_each(); ++k) {
-              if (tensor.sources[k]) {
-                gather(*tensor.sources[k], start, block,
-                       tensor.targets[k].at(start));
-              }
-            }
-            if (skip) {
-              continue;
-            }
-            float* values[3] = {};  // parameter and states
-            for (int k = 0; k < layout.outputs_each(); ++k) {
-              values[k] = load(tensor.targets[k], start, block, buffers[k]);
-            }
-            const float* gradient =
-                tensor.gradient
-                    ? load(*tensor.gradient, start, block, buffers[3])
-                    : nullptr;
-            cpu::loops().update(rule, h.data(), rate, count, gradient_scale,
-                                values[0], gradient, values[1], values[2],
-                                block);
-            for (int k = 0; k < layout.outputs_each(); ++k) {
-              store(tensor.targets[k], start, block, values[k]);
-            }
-          }
-        });
-      });
+  mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
   placement.commit();
+  // The task keeps what it reads. MLX would keep all of it a second time.
+  for (auto& output : outputs) {
+    if (&output.inputs() == &inputs && !output.is_tracer()) {
+      output.inputs().clear();
+      break;
+    }
+  }
 }
 
 void GlobalNorm::eval_cpu(const std::vector<mx::array>& inputs,
@@ -222,34 +280,35 @@ void GlobalNorm::eval_cpu(const std::vector<mx::array>& inputs,
   for (auto& output : outputs) {
     allocate(output);
   }
+  Kept kept;
   std::vector<View> views;
-  for (size_t i = 0; i + 1 < inputs.size(); ++i) {
-    views.emplace_back(inputs[i]);
-  }
   std::vector<size_t> sizes;
   size_t pieces = 0;
-  for (const auto& view : views) {
-    sizes.push_back(view.size);
-    pieces += (view.size + piece_size - 1) / piece_size;
+  for (size_t i = 0; i + 1 < inputs.size(); ++i) {
+    views.push_back(kept.view(inputs[i]));
+    sizes.push_back(inputs[i].size());
+    pieces += (inputs[i].size() + piece_size - 1) / piece_size;
   }
   mx::cpu::get_command_encoder(stream()).dispatch(
-      [views = std::move(views), sizes = std::move(sizes), pieces,
-       max_norm = inputs.back().data<float>(), norm = outputs[0].data<float>(),
-       factor = outputs[1].data<float>()] {
+      [kept = std::move(kept), views = std::move(views),
+       sizes = std::move(sizes), pieces, max_norm = inputs.back().data<float>(),
+       norm = outputs[0].data<float>(), factor = outputs[1].data<float>()] {
         std::vector<double> partials(pieces);
-        for_each_piece(sizes, [&](size_t piece, size_t tensor, size_t start,
-                                  size_t n) {
-          alignas(64) float buffer[cpu::block_size];
-          float lanes[cpu::sum_lanes] = {};
-          for (size_t end = start + n; start < end; start += cpu::block_size) {
-            const size_t block = std::min(cpu::block_size, end - start);
-            cpu::loops().add_squares(load(views[tensor], start, block, buffer),
-                                     block, lanes);
-          }
-          for (const float lane : lanes) {
-            partials[piece] += lane;
-          }
-        });
+        for_each_piece(
+            sizes, piece_size,
+            [&](size_t piece, size_t tensor, size_t start, size_t n) {
+              alignas(64) float buffer[cpu::block_size];
+              float lanes[cpu::sum_lanes] = {};
+              for (size_t end = start + n; start < end;
+                   start += cpu::block_size) {
+                const size_t block = std::min(cpu::block_size, end - start);
+                cpu::loops().add_squares(
+                    load(views[tensor], start, block, buffer), block, lanes);
+              }
+              for (const float lane : lanes) {
+                partials[piece] += lane;
+              }
+            });
         double sum = 0;
         for (const double partial : partials) {
           sum += partial;

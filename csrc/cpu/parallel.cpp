@@ -5,18 +5,18 @@
 #include <algorithm>
 #include <atomic>
 #include <charconv>
+#include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <future>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
-
-#include "mlx/threadpool.h"
 
 namespace mlx_fused::cpu {
 
@@ -24,6 +24,11 @@ namespace {
 
 // More are never useful, and might be more than the system gives.
 constexpr int max_threads = 256;
+
+// A thread that has run out of work looks for more for so long before it
+// sleeps: to wake one takes as long as to update 100,000 elements, and the next
+// large tensor is usually there at once.
+constexpr auto patience = std::chrono::microseconds(50);
 
 int default_threads() {
   const int cores = static_cast<int>(std::thread::hardware_concurrency());
@@ -40,40 +45,173 @@ int default_threads() {
   return std::clamp(wanted > 0 ? wanted : cores, 1, max_threads);
 }
 
-struct Pool {
+// Whether condition() came true within our patience.
+template <typename F>
+bool wait_briefly(F condition) {
+  const auto end = std::chrono::steady_clock::now() + patience;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (condition()) {
+        return true;
+      }
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+// Pieces of work that any number of threads take until none is left.
+struct Job {
+  const std::function<void(size_t)>& work;
+  const size_t count;
+  std::atomic<size_t> next = 0;
+  int helpers_wanted;                // under the pool's mutex
+  std::atomic<int> helpers_at_work;  // raised under it
+
+  void drain() {
+    for (size_t i; (i = next.fetch_add(1)) < count;) {
+      work(i);
+    }
+  }
+};
+
+// Threads that help with jobs, of which several streams may have one each.
+class Pool {
+ public:
+  explicit Pool(int helpers) {
+    try {
+      for (int i = 0; i < helpers; ++i) {
+        threads_.emplace_back([this] { help(); });
+      }
+    } catch (const std::system_error&) {
+      // The system gives no more threads: do with those that there are.
+    }
+  }
+
+  ~Pool() {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+      ++offers_;
+    }
+    offered_.notify_all();
+    for (auto& thread : threads_) {
+      thread.join();
+    }
+  }
+
+  void run(size_t count, const std::function<void(size_t)>& work) {
+    const int helpers = static_cast<int>(std::min(threads_.size(), count - 1));
+    Job job{work, count, 0, helpers, 0};
+    bool are_asleep;
+    {
+      const std::lock_guard lock(mutex_);
+      jobs_.push_back(&job);
+      ++offers_;
+      are_asleep = sleepers_ > 0;
+    }
+    if (are_asleep) {
+      helpers == 1 ? offered_.notify_one() : offered_.notify_all();
+    }
+    job.drain();
+    {
+      const std::lock_guard lock(mutex_);
+      jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+    }
+    // Nobody joins any more. The job is on this stack, so wait for the others.
+    const auto is_done = [&] { return job.helpers_at_work == 0; };
+    if (!wait_briefly(is_done)) {
+      std::unique_lock lock(mutex_);
+      left_.wait(lock, is_done);
+    }
+  }
+
+ private:
+  void help() {
+    std::unique_lock lock(mutex_);
+    while (!stopping_) {
+      if (Job* job = find_job()) {
+        --job->helpers_wanted;
+        ++job->helpers_at_work;
+        lock.unlock();
+        job->drain();
+        lock.lock();
+        // From here on the job may be gone.
+        --job->helpers_at_work;
+        left_.notify_all();
+        continue;
+      }
+      const auto seen = offers_.load();
+      lock.unlock();
+      const bool is_offered = wait_briefly([&] { return offers_ != seen; });
+      lock.lock();
+      if (!is_offered && offers_ == seen) {
+        ++sleepers_;
+        offered_.wait(lock, [&] { return offers_ != seen; });
+        --sleepers_;
+      }
+    }
+  }
+
+  Job* find_job() {
+    for (Job* job : jobs_) {
+      if (job->helpers_wanted > 0) {
+        return job;
+      }
+    }
+    return nullptr;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable offered_, left_;
+  std::vector<Job*> jobs_;
+  std::atomic<uint64_t> offers_ = 0;  // counts jobs; changed under the mutex
+  int sleepers_ = 0;
+  bool stopping_ = false;
+  std::vector<std::thread> threads_;
+};
+
+struct Workers {
   std::mutex mutex;
   int threads = default_threads();
-  std::shared_ptr<ThreadPool> workers;  // made at first use
-  pid_t process = 0;                    // that made them
+  std::shared_ptr<Pool> pool;  // made at first use
+  pid_t process = 0;           // that made it
 };
 
 // Never destroyed: MLX's streams may be at work when the process exits.
-Pool& pool() {
-  static Pool* const instance = new Pool;
+Workers& workers() {
+  static Workers* const instance = new Workers;
   return *instance;
 }
 
-// The workers and the number of threads with them. Work under way keeps the
-// workers it started with.
-std::pair<std::shared_ptr<ThreadPool>, int> current_workers() {
-  auto& p = pool();
-  const std::lock_guard lock(p.mutex);
-  if (p.workers && p.process != getpid()) {
-    // A fork: the threads are the parent's, and joining them would never end.
-    new std::shared_ptr<ThreadPool>(std::exchange(p.workers, nullptr));
+// A fork has none of its parent's threads, and joining them would never end.
+void abandon(std::shared_ptr<Pool> pool) {
+  new std::shared_ptr<Pool>(std::move(pool));
+}
+
+// Null if there are no helpers. Work under way keeps the pool it started with.
+std::shared_ptr<Pool> current_pool() {
+  auto& w = workers();
+  const std::lock_guard lock(w.mutex);
+  if (w.pool && w.process != getpid()) {
+    abandon(std::exchange(w.pool, nullptr));
   }
-  if (p.threads > 1 && !p.workers) {
-    p.workers = std::make_shared<ThreadPool>(p.threads - 1);
-    p.process = getpid();
+  if (w.threads > 1 && !w.pool) {
+    w.pool = std::make_shared<Pool>(w.threads - 1);
+    w.process = getpid();
   }
-  return {p.workers, p.threads};
+  return w.pool;
 }
 
 }  // namespace
 
 int num_threads() {
-  const std::lock_guard lock(pool().mutex);
-  return pool().threads;
+  const std::lock_guard lock(workers().mutex);
+  return workers().threads;
 }
 
 void set_num_threads(int count) {
@@ -82,43 +220,25 @@ void set_num_threads(int count) {
                                 std::to_string(count) + "; expected 1 to " +
                                 std::to_string(max_threads) + ".");
   }
-  auto& p = pool();
-  std::shared_ptr<ThreadPool> old;  // joined after the lock is given back
-  const std::lock_guard lock(p.mutex);
-  p.threads = count;
-  old = std::exchange(p.workers, nullptr);
-  if (old && p.process != getpid()) {
-    new std::shared_ptr<ThreadPool>(std::move(old));
+  auto& w = workers();
+  std::shared_ptr<Pool> old;  // joined after the lock is given back
+  const std::lock_guard lock(w.mutex);
+  w.threads = count;
+  old = std::exchange(w.pool, nullptr);
+  if (old && w.process != getpid()) {
+    abandon(std::move(old));
   }
 }
 
 void parallel_for(size_t count, const std::function<void(size_t)>& work) {
-  std::atomic<size_t> next = 0;
-  const auto drain = [&] {
-    for (size_t i; (i = next.fetch_add(1)) < count;) {
+  const auto pool = count > 1 ? current_pool() : nullptr;
+  if (pool) {
+    pool->run(count, work);
+  } else {
+    for (size_t i = 0; i < count; ++i) {
       work(i);
     }
-  };
-  // Helpers use what is on this stack: they are joined whatever happens.
-  struct Helpers {
-    std::vector<std::future<void>> futures;
-    ~Helpers() {
-      for (auto& future : futures) {
-        future.wait();
-      }
-    }
-  } helpers;
-  std::shared_ptr<ThreadPool> workers;
-  if (count > 1) {
-    const auto [shared, size] = current_workers();
-    workers = shared;
-    const size_t wanted = std::min<size_t>(size, count) - 1;
-    helpers.futures.reserve(wanted);
-    for (size_t i = 0; i < wanted; ++i) {
-      helpers.futures.push_back(workers->enqueue(drain));
-    }
   }
-  drain();
 }
 
 }  // namespace mlx_fused::cpu

@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx.optimizers as stock
 
 from . import _ext
-from ._trees import collect_leaves, replace_leaves
 from .optimizers.base import FUSED_DTYPES
 
 
@@ -41,19 +40,16 @@ def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.arra
     """
     if max_norm < 0:
         raise ValueError(f"max_norm should be >=0, {max_norm} was provided instead")
-    leaves: list[Any] = []
-    collect_leaves((leaves,), grads)
+    leaves = _ext.Leaves(grads)
+    dtypes = leaves.dtypes()
     if (
         getattr(max_norm, "ndim", 0) > 0
-        or not leaves
-        or any(
-            not isinstance(leaf, mx.array) or leaf.dtype not in FUSED_DTYPES
-            for leaf in leaves
-        )
+        or not dtypes
+        or any(dtype not in FUSED_DTYPES for dtype in dtypes)
     ):
         clipped, norm = stock.clip_grad_norm(grads, max_norm)
         return clipped, norm
-    norm, factor = _ext.global_norm(leaves, mx.array(max_norm, mx.float32))
-    if all(leaf.dtype == mx.bfloat16 for leaf in leaves):
+    norm, factor = leaves.global_norm(mx.array(max_norm, mx.float32))
+    if dtypes == [mx.bfloat16]:
         norm = norm.astype(mx.bfloat16)
-    return replace_leaves(grads, iter(_ext.scale(leaves, factor))), norm
+    return leaves.replace(_ext.scale(leaves.gradients, factor)), norm

@@ -14,12 +14,12 @@ from .base import (
     FusedOptimizer,
     FusedRule,
     LearningRate,
-    Leaves,
-    Updated,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from .. import _ext
 
 
 class Adafactor(FusedOptimizer, stock.Adafactor):
@@ -113,8 +113,12 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         return root.astype(inputs.dtype)
 
     def _update_leaves(
-        self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
-    ) -> Updated:
+        self,
+        leaves: _ext.Leaves,
+        indices: list[int] | None,
+        scale: mx.array | None,
+        weight_decay: Any,
+    ) -> None:
         if self.beta_1 is None:
             rule = FusedRule("adafactor", (weight_decay,), ())
         else:
@@ -123,16 +127,14 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
                 (self.beta_1, 1 - self.beta_1, weight_decay),
                 ("exp_avg",),
             )
-        if not self._has_kernel(rule, leaves):
-            return self._compose(leaves, scale, weight_decay)
-        updated: list[mx.array] = []
-        changes: list[dict[str, mx.array]] = []
-        for gradient, parameter, state in zip(
-            leaves.gradients, leaves.parameters, leaves.states, strict=True
-        ):
+        trees = leaves.gradients, leaves.parameters, leaves.states
+        for i in range(len(leaves)) if indices is None else indices:
+            gradient, parameter, state = (tree[i] for tree in trees)
+            if not self._has_kernel(rule, gradient, parameter, state):
+                self._compose(leaves, [i], scale, weight_decay)
+                continue
             if parameter.size == 0:  # MLX 0.32.4 may not return from its reductions
-                updated.append(parameter)
-                changes.append({})
+                leaves.set(i, parameter, {})
                 continue
             state = {key: self._cast(value) for key, value in state.items()}
             rms = self._compute_rms(parameter)
@@ -151,11 +153,9 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
             (result,), moments = self._fused(
                 rule, [parameter], [direction], [state], step_size, learning_rate
             )
-            updated.append(result)
             if moments:
                 change["exp_avg"] = moments[0][0]
-            changes.append(change)
-        return Updated(updated, changes)
+            leaves.set(i, result, change)
 
     def _direction(
         self,

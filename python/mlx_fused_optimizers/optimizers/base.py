@@ -11,7 +11,6 @@ import mlx.optimizers as stock
 from mlx.utils import tree_flatten
 
 from .. import _ext
-from .._trees import Snapshot, collect_leaves, replace_leaves
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,26 +48,10 @@ class Clip(NamedTuple):
     finite: mx.array | None = None  # with skip_nonfinite
 
 
-class Leaves(NamedTuple):
-    """The leaves of a step's trees."""
-
-    tree: Any  # of the gradients
-    gradients: list[Any]
-    parameters: list[Any]
-    states: list[Any]  # a dict each
-
-    def path(self, index: int) -> str:
-        """The path of a leaf, as in ``mlx.utils.tree_flatten``."""
-        return self.paths()[index]
-
-    def paths(self) -> list[str]:
-        """The paths of all leaves."""
-        flat: Any = tree_flatten(self.tree)
-        return [path for path, _ in flat]
-
-    def select(self, indices: list[int]) -> Leaves:
-        """Some of the leaves."""
-        return Leaves(self.tree, *([x[i] for i in indices] for x in self[1:]))
+def paths(tree: Any) -> list[str]:
+    """The paths of a tree's leaves, as in ``mlx.utils.tree_flatten``."""
+    flat: Any = tree_flatten(tree)
+    return [path for path, _ in flat]
 
 
 class Optimizer(stock.Optimizer):
@@ -204,7 +187,7 @@ class Optimizer(stock.Optimizer):
     def _remember(self) -> Callable[[], None]:
         """What undoes every change of the optimizer's state from now on."""
         was_initialized = self._initialized
-        before = Snapshot(self.state)
+        before = _ext.Snapshot(self.state)
 
         def undo() -> None:
             before.restore()
@@ -216,8 +199,7 @@ class Optimizer(stock.Optimizer):
         """One step; clip is given where it was measured over more than these."""
         if not self._initialized:
             self.init(gradients)
-        leaves = Leaves(gradients, [], [], [])
-        collect_leaves(leaves[1:], gradients, parameters, self.state)
+        leaves = _ext.Leaves(gradients, parameters, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = self._scheduled(name, schedule(self.step))
         if clip is None:
@@ -227,8 +209,7 @@ class Optimizer(stock.Optimizer):
         if clip.finite is not None:
             step = mx.where(clip.finite, step, self.step)
         self.state["step"] = step
-        updated = self._apply_leaves(leaves, clip.scale)
-        return replace_leaves(gradients, iter(updated))
+        return self._apply_leaves(leaves, clip.scale)
 
     def _record(self, clip: Clip) -> None:
         state = self.state
@@ -246,21 +227,18 @@ class Optimizer(stock.Optimizer):
         # A Python number too: upstream takes only arrays.
         return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
 
-    def _measure(self, leaves: Leaves) -> Clip:
+    def _measure(self, leaves: _ext.Leaves) -> Clip:
         if not self._needs_norm():
             return Clip()
-        for i, gradient in enumerate(leaves.gradients):
-            if not isinstance(gradient, mx.array):
-                raise TypeError(
-                    f"[{type(self).__name__}] the gradient of '{leaves.path(i)}' is of "
-                    f"type {type(gradient).__name__}; expected an mx.array"
-                )
-        arrays = [
-            g if g.dtype in FUSED_DTYPES else mx.abs(g).astype(mx.float32)
-            for g in leaves.gradients
-        ]
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm, factor = _ext.global_norm(arrays, mx.array(limit))
+        limit = mx.array(math.inf if self.max_grad_norm is None else self.max_grad_norm)
+        dtypes = leaves.dtypes()
+        if dtypes is None:
+            raise self._bad_gradient(leaves)
+        if all(dtype in FUSED_DTYPES for dtype in dtypes):
+            norm, factor = leaves.global_norm(limit)
+        else:
+            magnitudes = [mx.abs(g).astype(mx.float32) for g in leaves.gradients]
+            norm, factor = _ext.global_norm(magnitudes, limit)
         if self.max_grad_norm is None:
             factor = mx.array(1.0)
         if not self.skip_nonfinite:
@@ -268,32 +246,44 @@ class Optimizer(stock.Optimizer):
         finite = mx.isfinite(norm)
         return Clip(norm, mx.where(finite, factor, -1.0), finite)
 
-    def _apply_leaves(self, leaves: Leaves, scale: mx.array | None) -> list[Any]:
-        """The updated parameters; states get their new entries."""
-        return self._apply_each(self.apply_single, leaves, scale)
+    def _bad_gradient(self, leaves: _ext.Leaves) -> TypeError:
+        path, gradient = next(
+            (path, gradient)
+            for path, gradient in zip(paths(leaves.tree), leaves.gradients, strict=True)
+            if not isinstance(gradient, mx.array)
+        )
+        return TypeError(
+            f"[{type(self).__name__}] the gradient of '{path}' is of type "
+            f"{type(gradient).__name__}; expected an mx.array"
+        )
 
-    def _apply_each(
-        self,
-        apply_single: Callable[..., Any],
-        leaves: Leaves,
-        scale: mx.array | None,
-    ) -> list[Any]:
+    def _apply_leaves(self, leaves: _ext.Leaves, scale: mx.array | None) -> Any:
+        """The updated parameters' tree; states get their new entries."""
         updated = []
         for leaf in zip(
             leaves.gradients, leaves.parameters, leaves.states, strict=True
         ):
-            gradient, parameter, state = leaf
-            if scale is None:
-                updated.append(apply_single(*leaf))
-                continue
-            before = dict(state)
-            scaled = (gradient * scale).astype(gradient.dtype)
-            new = apply_single(scaled, parameter, state)
-            skip = scale < 0
-            updated.append(mx.where(skip, parameter, new))
-            for key, value in before.items():
-                state[key] = mx.where(skip, value, state[key])
-        return updated
+            updated.append(self._apply_one(self.apply_single, *leaf, scale))
+        return leaves.replace(updated)
+
+    def _apply_one(
+        self,
+        apply_single: Callable[..., Any],
+        gradient: Any,
+        parameter: Any,
+        state: Any,
+        scale: mx.array | None,
+    ) -> Any:
+        """The updated parameter; its state gets its new entries."""
+        if scale is None:
+            return apply_single(gradient, parameter, state)
+        before = dict(state)
+        scaled = (gradient * scale).astype(gradient.dtype)
+        updated = apply_single(scaled, parameter, state)
+        skip = scale < 0
+        for key, value in before.items():
+            state[key] = mx.where(skip, value, state[key])
+        return mx.where(skip, parameter, updated)
 
 
 class FusedRule(NamedTuple):
@@ -302,13 +292,6 @@ class FusedRule(NamedTuple):
     name: str  # in csrc/rules.h
     hyperparameters: tuple[Any, ...]  # in the order of the rule's prepare()
     state_keys: tuple[str, ...]  # in the order of the rule's states
-
-
-class Updated(NamedTuple):
-    """The results of a step, in the order of the leaves."""
-
-    parameters: list[mx.array]
-    states: list[dict[str, mx.array]]  # the entries that changed
 
 
 class FusedOptimizer(Optimizer):
@@ -375,41 +358,32 @@ class FusedOptimizer(Optimizer):
         Returns:
             array: The updated parameter.
         """
-        leaves = Leaves(None, [gradient], [parameter], [state])
+        leaves = _ext.Leaves(gradient, parameter, state)
         decay = getattr(self, "weight_decay", 0.0)
-        updated = self._update_leaves(leaves, None, decay)
-        state.update(updated.states[0])
-        return updated.parameters[0]
+        self._update_leaves(leaves, None, None, decay)
+        updated: mx.array = leaves.commit()
+        return updated
 
-    def _apply_leaves(self, leaves: Leaves, scale: mx.array | None) -> list[Any]:
+    def _apply_leaves(self, leaves: _ext.Leaves, scale: mx.array | None) -> Any:
         apply_single = getattr(self.apply_single, "__func__", None)
         if apply_single is not FusedOptimizer.apply_single:  # a user's own
             return super()._apply_leaves(leaves, scale)
-        count = len(leaves.gradients)
-        updated: list[Any] = [None] * count
-        changes: list[Any] = [None] * count
         try:
             for decay, indices in self._decay_groups(leaves):
-                group = leaves if len(indices) == count else leaves.select(indices)
-                result = self._update_leaves(group, scale, decay)
-                for i, parameter, change in zip(indices, *result, strict=True):
-                    updated[i], changes[i] = parameter, change
+                self._update_leaves(leaves, indices, scale, decay)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             self._explain(error, leaves)
             raise
-        for state, change in zip(leaves.states, changes, strict=True):
-            state.update(change)
-        return updated
+        return leaves.commit()
 
-    def _decay_groups(self, leaves: Leaves) -> list[tuple[Any, list[int]]]:
-        """Weight decays, and the leaves to which each applies."""
+    def _decay_groups(self, leaves: _ext.Leaves) -> list[tuple[Any, list[int] | None]]:
+        """Weight decays, and the leaves to which each applies; None if to all."""
         decay = getattr(self, "weight_decay", 0.0)
-        if not leaves.gradients:
-            return []
         if self.weight_decay_filter is None:
-            return [(decay, list(range(len(leaves.gradients))))]
+            return [(decay, None)]
         groups: dict[bool, list[int]] = {True: [], False: []}
-        for i, leaf in enumerate(zip(leaves.paths(), leaves.parameters, strict=True)):
+        named = zip(paths(leaves.tree), leaves.parameters, strict=True)
+        for i, leaf in enumerate(named):
             groups[bool(self.weight_decay_filter(*leaf))].append(i)
         return [
             (decay if decays else 0.0, indices)
@@ -418,43 +392,47 @@ class FusedOptimizer(Optimizer):
         ]
 
     def _update_leaves(
-        self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
-    ) -> Updated:
-        """The new parameters and state entries; nothing is changed."""
+        self,
+        leaves: _ext.Leaves,
+        indices: list[int] | None,
+        scale: mx.array | None,
+        weight_decay: Any,
+    ) -> None:
+        """Compute the leaves of these indices, or all; nothing is changed yet."""
         rule = self._rule(weight_decay)
-        if not self._has_kernel(rule, leaves):
-            return self._compose(leaves, scale, weight_decay)
-        updated, new_states = self._fused(
-            rule,
-            leaves.parameters,
-            leaves.gradients,
-            leaves.states,
+        fits = self._has_scalars(rule) and leaves.fused_update(
+            rule.name,
+            rule.hyperparameters,
+            rule.state_keys,
+            self.state["learning_rate"],
+            self.step,
             scale,
-            self.learning_rate,
+            self.state_dtype,
+            indices,
         )
-        changes = [
-            dict(zip(rule.state_keys, arrays, strict=True))
-            for arrays in zip(*new_states, strict=True)
-        ]
-        return Updated(updated, changes or [{} for _ in updated])
+        if not fits:
+            self._compose(leaves, indices, scale, weight_decay)
 
-    def _has_kernel(self, rule: FusedRule, leaves: Leaves) -> bool:
-        """Whether everything is of a type that the extension takes.
+    def _has_scalars(self, rule: FusedRule) -> bool:
+        """Whether the scalars are of types that the extension takes.
 
-        Upstream takes whatever MLX's operators do, such as NumPy arrays as moments.
+        Upstream takes whatever MLX's operators do, such as a learning rate a column.
         """
         # Adafactor need not have a learning rate.
         scalars = (self.state.get("learning_rate", self.step), self.step)
+        return all(isinstance(x, mx.array) and x.ndim == 0 for x in scalars) and all(
+            isinstance(h, (int, float)) for h in rule.hyperparameters
+        )
+
+    def _has_kernel(
+        self, rule: FusedRule, gradient: Any, parameter: Any, state: Any
+    ) -> bool:
+        """Whether everything of a leaf is of a type that the extension takes."""
         return (
-            all(isinstance(x, mx.array) and x.ndim == 0 for x in scalars)
-            and all(isinstance(h, (int, float)) for h in rule.hyperparameters)
-            and all(isinstance(x, mx.array) for x in leaves.gradients)
-            and all(isinstance(x, mx.array) for x in leaves.parameters)
-            and all(
-                isinstance(state[key], mx.array)
-                for key in rule.state_keys
-                for state in leaves.states
-            )
+            self._has_scalars(rule)
+            and isinstance(gradient, mx.array)
+            and isinstance(parameter, mx.array)
+            and all(isinstance(state[key], mx.array) for key in rule.state_keys)
         )
 
     def _fused(
@@ -481,30 +459,42 @@ class FusedOptimizer(Optimizer):
         )
 
     def _compose(
-        self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
-    ) -> Updated:
+        self,
+        leaves: _ext.Leaves,
+        indices: list[int] | None,
+        scale: mx.array | None,
+        weight_decay: Any,
+    ) -> None:
         """The same by upstream's class, for what no kernel covers."""
-        changed = leaves._replace(states=[dict(state) for state in leaves.states])
         usual = vars(self).get("weight_decay")
+        trees = leaves.gradients, leaves.parameters, leaves.states
         try:
             if usual is not None:
                 self.weight_decay = weight_decay  # what upstream's class reads
-            updated = self._apply_each(super().apply_single, changed, scale)
+            for i in range(len(leaves)) if indices is None else indices:
+                gradient, parameter, state = (tree[i] for tree in trees)
+                changes = dict(state)
+                updated = self._apply_one(
+                    super().apply_single, gradient, parameter, changes, scale
+                )
+                leaves.set(i, updated, changes)
         finally:
             if usual is not None:
                 self.weight_decay = usual
-        return Updated(updated, changed.states)
 
-    def _explain(self, error: Exception, leaves: Leaves) -> None:
+    def _explain(self, error: Exception, leaves: _ext.Leaves) -> None:
         """Raise a clearer error, if the leaves tell what is wrong."""
         name = type(self).__name__
-        for i, (gradient, parameter, state) in enumerate(
-            zip(leaves.gradients, leaves.parameters, leaves.states, strict=True)
+        for path, gradient, parameter, state in zip(
+            paths(leaves.tree),
+            leaves.gradients,
+            leaves.parameters,
+            leaves.states,
+            strict=True,
         ):
             expected: dict[str, Any] = {}
             if isinstance(parameter, mx.array):
                 self.init_single(parameter, expected)
-            path = leaves.path(i) if leaves.tree is not None else "the parameter"
             if not isinstance(state, dict) or not state.keys() >= expected.keys():
                 found = ", ".join(state) if isinstance(state, dict) else repr(state)
                 raise KeyError(

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_map, tree_merge
 
-from .._trees import collect_leaves
-from .base import Clip, Leaves, Optimizer, StepOptions
+from . import base
+from .base import Clip, Optimizer, StepOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,9 +93,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
 
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
         if clip is None:
-            leaves = Leaves(gradients, [], [], [])
-            collect_leaves((leaves.gradients,), gradients)
-            clip = self._measure(leaves)
+            clip = self._measure(base._ext.Leaves(gradients))
             self._record(clip)
         tree: Any = {}
         parts = self._split_dictionary(gradients)

@@ -13,12 +13,12 @@ from .base import (
     FusedOptimizer,
     FusedRule,
     LearningRate,
-    Leaves,
-    Updated,
 )
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from .. import _ext
 
 
 _LARGE = 1 << 18  # elements
@@ -81,26 +81,38 @@ class Muon(FusedOptimizer, stock.Muon):
         self._set_options(**options)
 
     def _update_leaves(
-        self, leaves: Leaves, scale: mx.array | None, weight_decay: Any
-    ) -> Updated:
-        _, gradients, parameters, states = leaves
+        self,
+        leaves: _ext.Leaves,
+        indices: list[int] | None,
+        scale: mx.array | None,
+        weight_decay: Any,
+    ) -> None:
+        gradients, parameters, states = (
+            leaves.gradients,
+            leaves.parameters,
+            leaves.states,
+        )
+        chosen = list(range(len(leaves))) if indices is None else indices
         moment = FusedRule(
             "muon_moment",
             (self.momentum, 1 - self.momentum, weight_decay, self.nesterov),
             ("v",),
         )
-        if not self._has_kernel(moment, leaves):
-            return self._compose(leaves, scale, weight_decay)
+        if not all(
+            self._has_kernel(moment, gradients[i], parameters[i], states[i])
+            for i in chosen
+        ):
+            self._compose(leaves, indices, scale, weight_decay)
+            return
         skip = None if scale is None else mx.where(scale < 0, -1.0, 1.0)
-        updated: list[Any] = [None] * len(parameters)
-        moments: list[Any] = [None] * len(parameters)
+        moments: dict[int, mx.array] = {}
         # The iterations need many times a matrix' memory: one begins when those
         # before it have ended. Gradients are ready from the last layer to the first.
         after: list[mx.array] = []
         rates: dict[float, mx.array] = {}
-        for stretch, indices in _launches(parameters):
+        for stretch, together in _launches(parameters, chosen):
             directions = []
-            for i in indices:
+            for i in together:
                 # In this rule the gradient is what changes, and the parameter is read.
                 (direction,), ((moments[i],),) = self._fused(
                     moment,
@@ -115,16 +127,15 @@ class Muon(FusedOptimizer, stock.Muon):
                 after = directions[-1:]
             results, _ = self._fused(
                 FusedRule("sgd", (0.0,), ()),
-                [parameters[i] for i in indices],
+                [parameters[i] for i in together],
                 directions,
                 [],
                 skip,
                 rates.setdefault(stretch, self.learning_rate * stretch),
             )
-            for i, result in zip(indices, results, strict=True):
-                updated[i] = result
+            for i, result in zip(together, results, strict=True):
+                leaves.set(i, result, {"v": moments[i]})
             after = results[-1:]
-        return Updated(updated, [{"v": v} for v in moments])
 
     def _orthogonalized(self, direction: mx.array) -> mx.array:
         if direction.ndim < 2 or direction.size == 0:
@@ -136,13 +147,15 @@ class Muon(FusedOptimizer, stock.Muon):
         return mx.reshape(matrix, direction.shape)
 
 
-def _launches(parameters: list[Any]) -> Iterator[tuple[float, list[int]]]:
+def _launches(
+    parameters: list[Any], indices: list[int]
+) -> Iterator[tuple[float, list[int]]]:
     """Parameters that are written together, and the factor of their learning rate.
 
     Few, because their directions are kept until then, and of one aspect ratio.
     """
     groups: dict[float, list[int]] = {}
-    for i in reversed(range(len(parameters))):
+    for i in reversed(indices):
         shape = parameters[i].shape
         is_matrix = len(shape) >= 2 and parameters[i].size > 0
         stretch = max(1.0, shape[-2] / shape[-1]) ** 0.5 if is_matrix else 1.0

@@ -1,0 +1,256 @@
+#include "trees.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "mlx/ops.h"
+#include "ops.h"
+
+namespace mlx_fused {
+
+namespace {
+
+bool is_dict(nb::handle h) { return PyDict_Check(h.ptr()); }
+bool is_list(nb::handle h) { return PyList_Check(h.ptr()); }
+bool is_tuple(nb::handle h) { return PyTuple_Check(h.ptr()); }
+
+// A tree that holds itself raises RecursionError.
+class Recursion {
+ public:
+  Recursion() {
+    if (Py_EnterRecursiveCall(" in a tree of arrays")) {
+      throw nb::python_error();
+    }
+  }
+  ~Recursion() { Py_LeaveRecursiveCall(); }
+  Recursion(const Recursion&) = delete;
+  Recursion& operator=(const Recursion&) = delete;
+};
+
+nb::object child(nb::handle node, nb::handle key) {
+  return node.is_none() ? nb::none() : nb::object(node[key]);
+}
+
+bool is_array(nb::handle h) {
+  static PyObject* const type = nb::type<mx::array>().inc_ref().ptr();
+  return PyObject_TypeCheck(h.ptr(), reinterpret_cast<PyTypeObject*>(type));
+}
+
+const mx::array& array_of(nb::handle h) { return *nb::inst_ptr<mx::array>(h); }
+
+// A dict's entry, or null.
+nb::handle entry(nb::handle dict, nb::handle key) {
+  if (!is_dict(dict)) {
+    return {};
+  }
+  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!value && PyErr_Occurred()) {
+    throw nb::python_error();
+  }
+  return value;
+}
+
+nb::object with_leaves(nb::handle tree, const std::vector<nb::object>& leaves,
+                       size_t& next) {
+  const Recursion guard;
+  if (is_dict(tree)) {
+    nb::dict result;
+    for (const auto [key, value] : nb::borrow<nb::dict>(tree)) {
+      result[key] = with_leaves(value, leaves, next);
+    }
+    return result;
+  }
+  if (is_list(tree) || is_tuple(tree)) {
+    nb::list children;
+    for (const auto value : tree) {
+      children.append(with_leaves(value, leaves, next));
+    }
+    if (PyList_CheckExact(tree.ptr())) {
+      return children;
+    }
+    // A named tuple takes its fields one by one.
+    const auto type = tree.type();
+    return nb::hasattr(tree, "_fields") ? type(*children) : type(children);
+  }
+  return leaves.at(next++);
+}
+
+}  // namespace
+
+Leaves::Leaves(nb::object gradients, nb::object parameters, nb::object state)
+    : tree_(std::move(gradients)) {
+  collect(tree_, std::move(parameters), std::move(state));
+  updated_.resize(size());
+}
+
+void Leaves::collect(nb::handle gradients, nb::object parameters,
+                     nb::object state) {
+  const Recursion guard;
+  const auto descend = [&](nb::handle key, nb::handle gradient) {
+    collect(gradient, child(parameters, key), child(state, key));
+  };
+  if (is_dict(gradients)) {
+    for (const auto [key, value] : nb::borrow<nb::dict>(gradients)) {
+      descend(key, value);
+    }
+  } else if (is_list(gradients) || is_tuple(gradients)) {
+    size_t i = 0;
+    for (const auto value : gradients) {
+      descend(nb::int_(i++), value);
+    }
+  } else {
+    gradients_.push_back(nb::borrow(gradients));
+    parameters_.push_back(std::move(parameters));
+    states_.push_back(std::move(state));
+  }
+}
+
+nb::list Leaves::list_of(const std::vector<nb::object>& objects) {
+  nb::list list;
+  for (const auto& o : objects) {
+    list.append(o);
+  }
+  return list;
+}
+
+nb::object Leaves::dtypes() const {
+  std::vector<mx::Dtype> seen;
+  nb::list result;
+  for (const auto& gradient : gradients_) {
+    if (!is_array(gradient)) {
+      return nb::none();
+    }
+    const auto dtype = array_of(gradient).dtype();
+    if (std::find(seen.begin(), seen.end(), dtype) == seen.end()) {
+      seen.push_back(dtype);
+      result.append(nb::cast(dtype));
+    }
+  }
+  return result;
+}
+
+std::pair<mx::array, mx::array> Leaves::global_norm(
+    const mx::array& max_norm) const {
+  Arrays arrays;
+  for (const auto& gradient : gradients_) {
+    arrays.push_back(nb::cast<mx::array>(gradient));
+  }
+  return mlx_fused::global_norm(arrays, max_norm);
+}
+
+bool Leaves::fused_update(const std::string& rule,
+                          const std::vector<double>& hyperparameters,
+                          const std::vector<nb::str>& keys,
+                          const mx::array& learning_rate, const mx::array& step,
+                          const std::optional<mx::array>& gradient_scale,
+                          const std::optional<mx::Dtype>& state_dtype,
+                          const std::optional<std::vector<size_t>>& indices) {
+  std::vector<size_t> chosen(indices ? indices->size() : size());
+  if (indices) {
+    chosen = *indices;
+  } else {
+    std::iota(chosen.begin(), chosen.end(), 0);
+  }
+  Arrays parameters, gradients;
+  std::vector<Arrays> states(keys.size());
+  parameters.reserve(chosen.size());
+  gradients.reserve(chosen.size());
+  for (const size_t i : chosen) {
+    if (!is_array(parameters_.at(i)) || !is_array(gradients_[i])) {
+      return false;
+    }
+    parameters.push_back(array_of(parameters_[i]));
+    gradients.push_back(array_of(gradients_[i]));
+  }
+  for (size_t k = 0; k < keys.size(); ++k) {
+    states[k].reserve(chosen.size());
+    for (const size_t i : chosen) {
+      const auto state = entry(states_[i], keys[k]);
+      if (!state || !is_array(state)) {
+        return false;
+      }
+      const auto& value = array_of(state);
+      states[k].push_back(state_dtype && value.dtype() != *state_dtype
+                              ? mx::astype(value, *state_dtype)
+                              : value);
+    }
+  }
+  auto [new_parameters, new_states] = mlx_fused::fused_update(
+      rule, hyperparameters, parameters, gradients, states, learning_rate, step,
+      gradient_scale, state_dtype.has_value());
+  for (size_t j = 0; j < chosen.size(); ++j) {
+    updated_[chosen[j]] = nb::cast(std::move(new_parameters[j]));
+    for (size_t k = 0; k < keys.size(); ++k) {
+      changes_.push_back(
+          {chosen[j], keys[k], nb::cast(std::move(new_states[k][j]))});
+    }
+  }
+  return true;
+}
+
+void Leaves::set(size_t index, nb::object parameter, nb::dict changes) {
+  updated_.at(index) = std::move(parameter);
+  for (const auto [key, value] : changes) {
+    changes_.push_back({index, nb::borrow(key), nb::borrow(value)});
+  }
+}
+
+nb::object Leaves::commit() {
+  size_t next = 0;
+  auto result = with_leaves(tree_, updated_, next);
+  for (const auto& [index, key, value] : changes_) {
+    if (PyObject_SetItem(states_[index].ptr(), key.ptr(), value.ptr()) < 0) {
+      throw nb::python_error();
+    }
+  }
+  return result;
+}
+
+nb::object Leaves::replace(const nb::list& leaves) const {
+  if (leaves.size() != size()) {
+    throw nb::value_error("leaves: expected as many as the tree has");
+  }
+  std::vector<nb::object> objects;
+  for (const auto leaf : leaves) {
+    objects.push_back(nb::borrow(leaf));
+  }
+  size_t next = 0;
+  return with_leaves(tree_, objects, next);
+}
+
+void Snapshot::record(nb::handle tree) {
+  const Recursion guard;
+  if (is_dict(tree)) {
+    PyObject* copy = PyDict_Copy(tree.ptr());
+    if (!copy) {
+      throw nb::python_error();
+    }
+    nodes_.emplace_back(nb::borrow(tree), nb::steal(copy));
+    for (const auto [key, value] : nb::borrow<nb::dict>(tree)) {
+      record(value);
+    }
+  } else if (is_list(tree) || is_tuple(tree)) {
+    if (is_list(tree)) {
+      nodes_.emplace_back(nb::borrow(tree), nb::list(tree));
+    }
+    for (const auto value : tree) {
+      record(value);
+    }
+  }
+}
+
+void Snapshot::restore() const {
+  for (const auto& [node, before] : nodes_) {
+    if (is_dict(node)) {
+      PyDict_Clear(node.ptr());
+      if (PyDict_Update(node.ptr(), before.ptr()) < 0) {
+        throw nb::python_error();
+      }
+    } else if (PyList_SetSlice(node.ptr(), 0, PY_SSIZE_T_MAX, before.ptr()) <
+               0) {
+      throw nb::python_error();
+    }
+  }
+}
+
+}  // namespace mlx_fused

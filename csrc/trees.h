@@ -1,0 +1,98 @@
+// Python trees of arrays: dicts, lists and tuples are nodes, as in
+// mlx.utils.tree_map, and everything else is a leaf.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "mlx/array.h"
+
+// The extension's name. The simulated one may be loaded beside it, and nanobind
+// tells types apart by their names.
+#ifndef MLX_FUSED_MODULE
+#define MLX_FUSED_MODULE _ext
+#endif
+
+namespace mlx_fused {
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+
+inline namespace MLX_FUSED_MODULE {
+
+// The leaves of a step's trees, collected in one walk, and what the step makes
+// of them.
+class Leaves {
+ public:
+  // Parameters and state are trees of the gradients' structure or supersets of
+  // it; either can be None. Where the gradients have a leaf, the state has a
+  // dict. Raises KeyError or IndexError for what they lack.
+  Leaves(nb::object gradients, nb::object parameters, nb::object state);
+
+  size_t size() const { return gradients_.size(); }
+  nb::object tree() const { return tree_; }
+  nb::list gradients() const { return list_of(gradients_); }
+  nb::list parameters() const { return list_of(parameters_); }
+  nb::list states() const { return list_of(states_); }
+
+  // The distinct dtypes of the gradients, or None if something is no array.
+  nb::object dtypes() const;
+
+  // As mlx_fused::global_norm, of the gradients.
+  std::pair<mx::array, mx::array> global_norm(const mx::array& max_norm) const;
+
+  // Updates the leaves of these indices, or all, by a rule whose states are the
+  // entries keys of the leaves' dicts; in state_dtype, if given. False, and
+  // nothing is done, if something is no array.
+  bool fused_update(const std::string& rule,
+                    const std::vector<double>& hyperparameters,
+                    const std::vector<nb::str>& keys,
+                    const mx::array& learning_rate, const mx::array& step,
+                    const std::optional<mx::array>& gradient_scale,
+                    const std::optional<mx::Dtype>& state_dtype,
+                    const std::optional<std::vector<size_t>>& indices);
+
+  // What another way of computing it made of a leaf.
+  void set(size_t index, nb::object parameter, nb::dict changes);
+
+  // Writes all changes into the states' dicts. Returns the updated parameters
+  // in a tree of the gradients' structure.
+  nb::object commit();
+
+  // The gradients' tree with these leaves in place of its own.
+  nb::object replace(const nb::list& leaves) const;
+
+ private:
+  void collect(nb::handle gradients, nb::object parameters, nb::object state);
+  static nb::list list_of(const std::vector<nb::object>& objects);
+
+  nb::object tree_;
+  std::vector<nb::object> gradients_, parameters_, states_;
+  std::vector<nb::object> updated_;
+  struct Change {
+    size_t index;
+    nb::object key, value;
+  };
+  std::vector<Change> changes_;
+};
+
+// What a tree's dicts and lists hold now, to be given back to the same objects.
+class Snapshot {
+ public:
+  explicit Snapshot(nb::handle tree) { record(tree); }
+  // Undoes every change since.
+  void restore() const;
+
+ private:
+  void record(nb::handle tree);
+
+  std::vector<std::pair<nb::object, nb::object>> nodes_;  // and copies of them
+};
+
+}  // namespace MLX_FUSED_MODULE
+
+}  // namespace mlx_fused
