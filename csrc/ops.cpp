@@ -1,6 +1,8 @@
 #include "ops.h"
 
-#include <map>
+#include <algorithm>
+#include <array>
+#include <iterator>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
@@ -56,57 +58,80 @@ bool broadcasts_to(const mx::Shape& from, const mx::Shape& to) {
   return true;
 }
 
-// One parameter, its states and its gradient, as a kernel takes them.
-struct Tensor {
-  size_t index;     // in the caller's lists
-  Arrays in_place;  // parameter and states, in the dtypes of the result
-  Arrays gradient;  // none if the rule reads none
+// What a kernel is compiled for, and what arrays of one launch share: the
+// dtypes of parameter, states and gradient.
+struct Dtypes {
+  std::array<mx::Dtype::Val, 4> values{};
+  bool operator==(const Dtypes&) const = default;
 };
 
-// What a kernel is compiled for. Arrays of one launch share it.
-using Dtypes = std::vector<mx::Dtype::Val>;
+// Tensors that share a primitive, as a kernel takes them.
+struct Group {
+  Dtypes dtypes;
+  bool is_large;
+  std::vector<size_t> indices;  // in the caller's lists
+  Arrays inputs;
+};
 
-Dtypes dtypes(const Tensor& tensor) {
-  Dtypes key;
-  for (const auto& a : tensor.in_place) {
-    key.push_back(a.dtype().val());
+// As mx::array::make_arrays, with outputs like the inputs that they replace and
+// without its temporary copies.
+Arrays make_outputs(const Arrays& inputs, const GroupLayout& layout,
+                    std::shared_ptr<mx::Primitive> primitive) {
+  Arrays outputs;
+  outputs.reserve(layout.tensors * layout.outputs_each());
+  for (int i = 0; i < layout.tensors; ++i) {
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      const auto& like = inputs[layout.input(i, k)];
+      outputs.emplace_back(like.shape(), like.dtype(), primitive, inputs);
+    }
   }
-  for (const auto& a : tensor.gradient) {
-    key.push_back(a.dtype().val());
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    Arrays siblings;
+    siblings.reserve(outputs.size() - 1);
+    for (size_t j = 0; j < outputs.size(); ++j) {
+      if (j != i) {
+        siblings.push_back(outputs[j]);
+      }
+    }
+    outputs[i].set_siblings(std::move(siblings), i);
   }
-  return key;
+  return outputs;
 }
 
-// Casts and broadcasts as mlx.optimizers' own arithmetic would: a wider
-// gradient widens what it is added to. False if no kernel does the result.
-bool prepare(Tensor& tensor, bool keep_dtypes, mx::StreamOrDevice s) {
-  auto& [index, in_place, gradient] = tensor;
-  const auto shape = in_place[0].shape();
-  for (const auto& a : in_place) {
-    if (!has_kernels(a.dtype()) || a.shape() != shape) {
+// Casts and broadcasts a parameter, its states and its gradient (arrays, in
+// this order) as mlx.optimizers' own arithmetic would: a wider gradient widens
+// what it is added to. False if no kernel does the result.
+bool prepare(mx::array* arrays, int states, bool reads_gradient,
+             bool keep_dtypes, mx::StreamOrDevice s) {
+  const auto& shape = arrays[0].shape();
+  for (int k = 0; k <= states; ++k) {
+    if (!has_kernels(arrays[k].dtype()) || arrays[k].shape() != shape) {
       return false;
     }
   }
-  if (!gradient.empty()) {
-    if (!has_kernels(gradient[0].dtype()) ||
-        !broadcasts_to(gradient[0].shape(), shape)) {
+  if (reads_gradient) {
+    auto& gradient = arrays[states + 1];
+    if (!has_kernels(gradient.dtype())) {
       return false;
     }
-    if (gradient[0].shape() != shape) {
-      gradient[0] = mx::broadcast_to(gradient[0], shape, s);
+    if (gradient.shape() != shape) {
+      if (!broadcasts_to(gradient.shape(), shape)) {
+        return false;
+      }
+      gradient = mx::broadcast_to(gradient, shape, s);
     }
-    auto widest = gradient[0].dtype();
-    for (size_t k = in_place.size(); k-- > 0 && !keep_dtypes;) {
-      widest = mx::promote_types(widest, in_place[k].dtype());
+    auto widest = gradient.dtype();
+    for (int k = states; k >= 0 && !keep_dtypes; --k) {
+      widest = mx::promote_types(widest, arrays[k].dtype());
       const auto result =
           k == 0 ? widest
-                 : mx::promote_types(in_place[k].dtype(), gradient[0].dtype());
-      if (in_place[k].dtype() != result) {
-        in_place[k] = mx::astype(in_place[k], result, s);
+                 : mx::promote_types(arrays[k].dtype(), gradient.dtype());
+      if (arrays[k].dtype() != result) {
+        arrays[k] = mx::astype(arrays[k], result, s);
       }
     }
   }
-  return in_place.size() < 3 || in_place[1].dtype() == in_place[2].dtype();
+  return states < 2 || arrays[1].dtype() == arrays[2].dtype();
 }
 
 }  // namespace
@@ -156,88 +181,96 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
   }
   tail.insert(tail.end(), after.begin(), after.end());
 
+  const int each = 1 + rule_traits.states;
   Arrays new_parameters = parameters;
   std::vector<Arrays> new_states = states;
-  const auto run = [&](const std::vector<Tensor>& group, bool fused) {
-    const GroupLayout layout{static_cast<int>(group.size()), rule_traits.states,
-                             rule_traits.reads_gradient,
+  const auto run = [&](Group& group, bool fused) {
+    const GroupLayout layout{static_cast<int>(group.indices.size()),
+                             rule_traits.states, rule_traits.reads_gradient,
                              gradient_scale.has_value()};
-    Arrays inputs;
-    std::vector<mx::Shape> shapes;
-    std::vector<mx::Dtype> types;
-    for (const auto& tensor : group) {
-      for (const auto& a : tensor.in_place) {
-        inputs.push_back(a);
-        shapes.push_back(a.shape());
-        types.push_back(a.dtype());
-      }
-      inputs.insert(inputs.end(), tensor.gradient.begin(),
-                    tensor.gradient.end());
-    }
     const auto& scalars = fused ? tail : given_tail;
-    inputs.insert(inputs.end(), scalars.begin(), scalars.end());
+    group.inputs.insert(group.inputs.end(), scalars.begin(), scalars.end());
     auto outputs =
-        fused
-            ? mx::array::make_arrays(std::move(shapes), types,
-                                     std::make_shared<FusedUpdate>(
-                                         stream, rule, hyperparameters, layout),
-                                     inputs)
-            : composed_update(rule, hyperparameters, layout, stream)(inputs);
-    for (size_t i = 0; i < outputs.size() && keep_dtypes; ++i) {
-      if (outputs[i].dtype() != types[i]) {
-        outputs[i] = mx::astype(outputs[i], types[i], s);
+        fused ? make_outputs(group.inputs, layout,
+                             std::make_shared<FusedUpdate>(
+                                 stream, rule, hyperparameters, layout))
+              : composed_update(rule, hyperparameters, layout,
+                                stream)(group.inputs);
+    for (int i = 0; i < layout.tensors && keep_dtypes; ++i) {
+      for (int k = 0; k < each; ++k) {
+        auto& out = outputs[layout.output(i, k)];
+        out = mx::astype(out, group.inputs[layout.input(i, k)].dtype(), s);
       }
     }
-    for (size_t i = 0; i < group.size(); ++i) {
-      const auto index = group[i].index;
-      new_parameters[index] = outputs[layout.output(i, 0)];
+    for (int i = 0; i < layout.tensors; ++i) {
+      const auto index = group.indices[i];
+      new_parameters[index] = std::move(outputs[layout.output(i, 0)]);
       for (int k = 0; k < rule_traits.states; ++k) {
-        new_states[k][index] = outputs[layout.output(i, 1 + k)];
+        new_states[k][index] = std::move(outputs[layout.output(i, 1 + k)]);
       }
     }
+    group.indices.clear();
+    group.inputs.clear();
   };
 
   // Groups are filled in the tree's order, so that their gradients become ready
   // at about the same time. A launch costs more on a GPU than a primitive does
   // on the CPU: there even large tensors share one.
   const bool metal = runs_metal(stream);
-  const size_t full = metal ? large_group_size : 1;
-  std::map<Dtypes, std::vector<Tensor>> small_groups, large_groups;
+  const auto is_full = [&](const Group& group) {
+    const size_t limit = !group.is_large ? max_group_size(rule_traits.states)
+                         : metal         ? large_group_size
+                                         : 1;
+    return group.indices.size() >= limit;
+  };
+  std::vector<Group> groups;
+  Arrays arrays;  // of one tensor
   for (size_t i = 0; i < count; ++i) {
-    Tensor tensor{i, {parameters[i]}, {}};
-    for (const auto& state : states) {
-      tensor.in_place.push_back(state[i]);
-    }
-    if (rule_traits.reads_gradient) {
-      tensor.gradient.push_back(gradients[i]);
-    }
-    Tensor original = tensor;
-    const auto trusted = [&] {
-      const auto parameter = tensor.in_place[0].dtype();
-      return !metal ||
-             is_trusted(rule, parameter,
-                        rule_traits.reads_gradient ? tensor.gradient[0].dtype()
-                                                   : parameter,
-                        tensor.in_place.back().dtype(), stream);
+    const auto collect = [&] {
+      arrays.clear();
+      arrays.push_back(parameters[i]);
+      for (const auto& state : states) {
+        arrays.push_back(state[i]);
+      }
+      if (rule_traits.reads_gradient) {
+        arrays.push_back(gradients[i]);
+      }
     };
-    if (!prepare(tensor, keep_dtypes, s) || !trusted()) {
-      run({std::move(original)}, /*fused=*/false);
+    collect();
+    const bool fits =
+        prepare(arrays.data(), rule_traits.states, rule_traits.reads_gradient,
+                keep_dtypes, s) &&
+        (!metal ||
+         is_trusted(rule, arrays[0].dtype(),
+                    arrays[rule_traits.reads_gradient ? each : 0].dtype(),
+                    arrays[rule_traits.states].dtype(), stream));
+    if (!fits) {
+      collect();
+      Group alone{{}, false, {i}, arrays};
+      run(alone, /*fused=*/false);
       continue;
     }
+    Dtypes dtypes;
+    for (size_t k = 0; k < arrays.size(); ++k) {
+      dtypes.values[k] = arrays[k].dtype().val();
+    }
     const bool is_large = parameters[i].size() >= large;
-    auto& group = (is_large ? large_groups : small_groups)[dtypes(tensor)];
-    group.push_back(std::move(tensor));
-    if (group.size() ==
-        (is_large ? full : max_group_size(rule_traits.states))) {
-      run(group, /*fused=*/true);
-      group.clear();
+    auto group =
+        std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
+          return g.is_large == is_large && g.dtypes == dtypes;
+        });
+    if (group == groups.end()) {
+      group = groups.insert(group, {dtypes, is_large, {}, {}});
+    }
+    group->indices.push_back(i);
+    std::move(arrays.begin(), arrays.end(), std::back_inserter(group->inputs));
+    if (is_full(*group)) {
+      run(*group, /*fused=*/true);
     }
   }
-  for (const auto* groups : {&small_groups, &large_groups}) {
-    for (const auto& [key, group] : *groups) {
-      if (!group.empty()) {
-        run(group, /*fused=*/true);
-      }
+  for (auto& group : groups) {
+    if (!group.indices.empty()) {
+      run(group, /*fused=*/true);
     }
   }
   return {std::move(new_parameters), std::move(new_states)};

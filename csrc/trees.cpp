@@ -220,35 +220,49 @@ nb::object Leaves::replace(const nb::list& leaves) const {
 
 void Snapshot::record(nb::handle tree) {
   const Recursion guard;
+  const size_t begin = contents_.size();
   if (is_dict(tree)) {
-    PyObject* copy = PyDict_Copy(tree.ptr());
-    if (!copy) {
-      throw nb::python_error();
-    }
-    nodes_.emplace_back(nb::borrow(tree), nb::steal(copy));
     for (const auto [key, value] : nb::borrow<nb::dict>(tree)) {
-      record(value);
+      contents_.push_back(nb::borrow(key));
+      contents_.push_back(nb::borrow(value));
     }
-  } else if (is_list(tree) || is_tuple(tree)) {
-    if (is_list(tree)) {
-      nodes_.emplace_back(nb::borrow(tree), nb::list(tree));
+  } else if (is_list(tree)) {
+    for (const auto value : nb::borrow<nb::list>(tree)) {
+      contents_.push_back(nb::borrow(value));
     }
-    for (const auto value : tree) {
-      record(value);
+  } else {
+    if (is_tuple(tree)) {
+      for (const auto value : nb::borrow<nb::tuple>(tree)) {
+        record(value);
+      }
     }
+    return;
+  }
+  const size_t end = contents_.size();
+  nodes_.push_back({nb::borrow(tree), begin, end});
+  for (size_t i = begin; i < end; ++i) {
+    record(nb::object(contents_[i]));  // a key is a leaf, or a tuple of leaves
   }
 }
 
 void Snapshot::restore() const {
-  for (const auto& [node, before] : nodes_) {
+  for (const auto& [node, begin, end] : nodes_) {
     if (is_dict(node)) {
       PyDict_Clear(node.ptr());
-      if (PyDict_Update(node.ptr(), before.ptr()) < 0) {
+      for (size_t i = begin; i < end; i += 2) {
+        if (PyDict_SetItem(node.ptr(), contents_[i].ptr(),
+                           contents_[i + 1].ptr()) < 0) {
+          throw nb::python_error();
+        }
+      }
+    } else {
+      nb::list before;
+      for (size_t i = begin; i < end; ++i) {
+        before.append(contents_[i]);
+      }
+      if (PyList_SetSlice(node.ptr(), 0, PY_SSIZE_T_MAX, before.ptr()) < 0) {
         throw nb::python_error();
       }
-    } else if (PyList_SetSlice(node.ptr(), 0, PY_SSIZE_T_MAX, before.ptr()) <
-               0) {
-      throw nb::python_error();
     }
   }
 }

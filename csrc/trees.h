@@ -90,7 +90,12 @@ class Snapshot {
  private:
   void record(nb::handle tree);
 
-  std::vector<std::pair<nb::object, nb::object>> nodes_;  // and copies of them
+  struct Node {
+    nb::object node;
+    size_t begin, end;
+  };
+  std::vector<Node> nodes_;
+  std::vector<nb::object> contents_;  // keys and values, or a list's values
 };
 
 }  // namespace MLX_FUSED_MODULE

@@ -132,20 +132,32 @@ void store(const View& view, size_t start, size_t n, const float* values) {
   }
 }
 
+// Elements from which a second thread is worth its while.
+constexpr size_t worth_sharing = 2 * piece_size;
+
 // Work of several arrays, cut into pieces: calls piece(number, tensor, start,
 // n).
 template <typename F>
 void for_each_piece(const std::vector<size_t>& sizes, size_t size, F piece) {
   std::vector<size_t> first = {0};  // the number of each array's first piece
+  size_t total = 0;
   for (const size_t elements : sizes) {
     first.push_back(first.back() + (elements + size - 1) / size);
+    total += elements;
   }
-  cpu::parallel_for(first.back(), [&](size_t i) {
+  const auto run = [&](size_t i) {
     const size_t tensor =
         std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
     const size_t start = (i - first[tensor]) * size;
     piece(i, tensor, start, std::min(size, sizes[tensor] - start));
-  });
+  };
+  if (total >= worth_sharing) {
+    cpu::parallel_for(first.back(), run);
+    return;
+  }
+  for (size_t i = 0; i < first.back(); ++i) {
+    run(i);
+  }
 }
 
 // One group's update, as the stream's thread runs it.
