@@ -1,6 +1,7 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
 # make test    run the tests on every backend that is here
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
+# make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
 # make lint    ruff, mypy and clang-format
 # make clean   remove what the other targets made
@@ -15,7 +16,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check metal-cost lint format clean
+.PHONY: demo test simulator metal-check bench metal-cost lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -31,6 +32,10 @@ metal-check: $(STAMPS)/package $(STAMPS)/test simulator
 
 metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost
+
+bench: $(STAMPS)/package $(STAMPS)/bench
+	$(BIN)/python -m bench
+	$(BIN)/python -m bench.train_step
 
 lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint
 	$(BIN)/ruff check .
