@@ -2,6 +2,7 @@
 # make test    run the tests on every backend that is here
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
+# make docs    the documentation, in build/docs
 # make lint    ruff, mypy and clang-format
 # make clean   remove what the other targets made
 
@@ -15,7 +16,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check metal-cost lint format clean
+.PHONY: demo test simulator metal-check metal-cost docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -31,6 +32,10 @@ metal-check: $(STAMPS)/package $(STAMPS)/test simulator
 
 metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost
+
+# -n: a reference that leads nowhere is a warning, -W: a warning an error, -E: afresh.
+docs: $(STAMPS)/package $(STAMPS)/docs
+	$(BIN)/python -m sphinx -q -n -W --keep-going -E docs build/docs
 
 lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint
 	$(BIN)/ruff check .
@@ -66,6 +71,6 @@ $(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
 	touch $@
 
 # The extras of pyproject.toml, without building the package again.
-$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint: $(STAMPS)/build
+$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: $(STAMPS)/build
 	$(BIN)/python cmake/build_requirements.py $(@F) | xargs -d '\n' $(BIN)/python -m pip install --quiet
 	touch $@
