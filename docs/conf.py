@@ -24,4 +24,3 @@ add_module_names = False
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
 html_title = f"{project} {release}"
-html_copy_source = False
