@@ -3,6 +3,7 @@
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
+# make docs    the documentation, in build/docs
 # make lint    ruff, mypy and clang-format
 # make clean   remove what the other targets made
 
@@ -16,7 +17,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check bench metal-cost lint format clean
+.PHONY: demo test simulator metal-check bench metal-cost docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -36,6 +37,10 @@ metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 bench: $(STAMPS)/package $(STAMPS)/bench
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.train_step
+
+# -n: a reference that leads nowhere is a warning, -W: a warning an error, -E: afresh.
+docs: $(STAMPS)/package $(STAMPS)/docs
+	$(BIN)/python -m sphinx -q -n -W --keep-going -E docs build/docs
 
 lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint
 	$(BIN)/ruff check .
@@ -71,6 +76,6 @@ $(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
 	touch $@
 
 # The extras of pyproject.toml, without building the package again.
-$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint: $(STAMPS)/build
+$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: $(STAMPS)/build
 	$(BIN)/python cmake/build_requirements.py $(@F) | xargs -d '\n' $(BIN)/python -m pip install --quiet
 	touch $@
