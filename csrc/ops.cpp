@@ -19,11 +19,14 @@ namespace {
 
 // Elements from which a tensor is large: to update it, and so to free its
 // gradient, as soon as it is ready is then worth more than sharing a primitive.
-constexpr size_t large = 1 << 14;
-
-// Large tensors a Metal launch: enough for few launches, few enough for
-// gradients to be freed soon.
-constexpr size_t large_group_size = 4;
+// A launch costs more on a GPU than a primitive does on the CPU: there fewer
+// are large, and even those share one.
+struct Large {
+  size_t elements;
+  size_t group_size;
+};
+constexpr Large large_on_cpu = {1 << 14, 1};
+constexpr Large large_on_metal = {1 << 18, 4};
 
 void check_length(const char* argument, size_t given, size_t expected) {
   if (given != expected) {
@@ -222,15 +225,12 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
   // MLX computes what is deepest in the graph first, and would compute all
   // gradients before the first update. So each group waits for the one before
   // it. They are filled from the tree's end, as gradients become ready.
-  //
-  // A launch costs more on a GPU than a primitive does on the CPU: there even
-  // large tensors share one.
   const bool metal = runs_metal(stream);
+  const auto large = metal ? large_on_metal : large_on_cpu;
   const auto is_full = [&](const Group& group) {
-    const size_t limit = !group.is_large ? max_group_size(rule_traits.states)
-                         : metal         ? large_group_size
-                                         : 1;
-    return group.indices.size() >= limit;
+    return group.indices.size() >= (group.is_large
+                                        ? large.group_size
+                                        : max_group_size(rule_traits.states));
   };
   std::vector<Group> groups;
   Arrays arrays;  // of one tensor
@@ -263,7 +263,7 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     for (size_t k = 0; k < arrays.size(); ++k) {
       dtypes.values[k] = arrays[k].dtype().val();
     }
-    const bool is_large = parameters[i].size() >= large;
+    const bool is_large = parameters[i].size() >= large.elements;
     auto group =
         std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
           return g.is_large == is_large && g.dtypes == dtypes;

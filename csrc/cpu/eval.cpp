@@ -45,7 +45,7 @@ struct Kept {
 
   View view(const mx::array& a) {
     View view{const_cast<char*>(a.data<char>()), a.dtype().val(),
-              a.flags().row_contiguous, a.itemsize()};
+              a.flags().row_contiguous, static_cast<uint8_t>(a.itemsize())};
     if (!view.row_contiguous) {
       view.walk = &walks.emplace_back(collapse(a));
     }
@@ -170,13 +170,13 @@ struct UpdateTask {
 
   Rule rule;
   GroupLayout layout;
-  std::array<float, max_hyperparameters> hyperparameters;
-  const float* learning_rate;
-  const uint64_t* step;
-  const float* gradient_scale;  // null if 1
-  std::vector<Tensor> tensors;
-  std::vector<size_t> sizes;
-  Kept kept;
+  std::array<float, max_hyperparameters> hyperparameters = {};
+  const float* learning_rate = nullptr;
+  const uint64_t* step = nullptr;
+  const float* gradient_scale = nullptr;  // if not 1
+  std::vector<Tensor> tensors = {};
+  std::vector<size_t> sizes = {};
+  Kept kept = {};
 
   void operator()() const {
     const size_t total = std::accumulate(sizes.begin(), sizes.end(), size_t{0});
