@@ -16,11 +16,14 @@ import pytest
 from mypy import api as mypy_api
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ["clipping", "filters", "schedulers", "optimizers.base"]
+MODULES = ["checkpoint", "clipping", "filters", "schedulers", "optimizers.base"]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name: str) -> None:
+def test_examples_in_docstrings(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # an example writes a file
     module = importlib.import_module(f"mlx_fused_optimizers.{name}")
     names = {"mx": mx, "nn": nn, "optim": optim, **vars(optim)}
     failures, _ = doctest.testmod(module, extraglobs=names)
