@@ -321,71 +321,60 @@ def _match_state(
             state["states"].append(_match_state(part, parameters, chosen, mine))
             problems += [p.replace("state '", f"state '{start}", 1) for p in mine]
     else:
-        below: dict[str, Arrays] = defaultdict(dict)
-        for name, array in saved.items():
-            for dot in re.finditer(r"\.", name):
-                below[name[: dot.start()]][name[dot.end() :]] = array
-        state |= _states_of(optimizer, parameters, optimizer.state, "", below, problems)
-        paths = _arrays(parameters).keys()
-        saved = {
-            name: array
-            for name, array in saved.items()
-            if not any(name[: dot.start()] in paths for dot in re.finditer(r"\.", name))
-        }
+        state |= _match_parameters(optimizer, parameters, saved, problems)
     problems += _differences("state", _kinds(saved), {})
     return state
 
 
-def _states_of(
-    optimizer: stock.Optimizer,
-    parameters: Any,
-    current: Any,
-    path: str,
-    below: dict[str, Arrays],
-    problems: list[str],
+def _match_parameters(
+    optimizer: stock.Optimizer, parameters: Any, saved: Arrays, problems: list[str]
 ) -> Any:
-    """The state of a tree of parameters, in the form that ``init`` gives it.
+    """The parameters' states, in the form that ``init`` gives them.
 
-    ``below`` holds the saved arrays of each path.
+    Takes out of ``saved`` what is a parameter's.
     """
+    below: dict[str, list[str]] = defaultdict(list)  # names by each start of theirs
+    for name in saved:
+        for dot in re.finditer(r"\.", name):
+            below[name[: dot.start()]].append(name)
 
-    def child(key: Any, node: Any, now: Any) -> Any:
-        inner = f"{path}.{key}" if path else str(key)
-        return _states_of(optimizer, node, now, inner, below, problems)
+    def states(node: Any, current: Any, path: str) -> Any:
+        start = f"{path}." if path else ""
+        if isinstance(node, dict):
+            now: Any = current if isinstance(current, dict) else {}
+            return {
+                key: states(child, now.get(key), f"{start}{key}")
+                for key, child in node.items()
+                if f"{start}{key}" in below
+            }
+        if isinstance(node, (list, tuple)):
+            now = current if isinstance(current, (list, tuple)) else ()
+            pairs = zip(node, chain(now, repeat(None)), strict=False)
+            values = [states(*pair, f"{start}{i}") for i, pair in enumerate(pairs)]
+            # Upstream's init wants no longer a list than that of the gradients, which
+            # MultiOptimizer ends with the last of a part.
+            while isinstance(node, list) and values and not values[-1]:
+                values.pop()
+            return _like(node, values)
+        found = {n.removeprefix(start): saved.pop(n) for n in below.get(path, ())}
+        return single(node, current, start, found) if found else {}
 
-    if isinstance(parameters, dict):
-        now: Any = current if isinstance(current, dict) else {}
-        states = {key: child(key, x, now.get(key)) for key, x in parameters.items()}
-        return {
-            key: value
-            for key, value in states.items()
-            if (f"{path}.{key}" if path else key) in below
-        }
-    if isinstance(parameters, (list, tuple)):
-        now = current if isinstance(current, (list, tuple)) else ()
-        pairs = zip(parameters, chain(now, repeat(None)), strict=False)
-        values = [child(i, *pair) for i, pair in enumerate(pairs)]
-        # Upstream's init wants no longer a list than that of the gradients, which
-        # MultiOptimizer ends with the last of a part.
-        while isinstance(parameters, list) and values and not values[-1]:
-            values.pop()
-        return _like(parameters, values)
-    saved = below.get(path)
-    if not saved:
+    def single(parameter: Any, current: Any, start: str, found: Arrays) -> Any:
+        expected: dict[str, Any] = {}
+        optimizer.init_single(parameter, expected)
+        # Something else is right only if the optimizer has the same now, as when its
+        # state was cast by hand.
+        for like in (expected, current):
+            if _is_node(like) and _kinds(_arrays(like, mx.array)) == _kinds(found):
+                return tree_map_with_path(lambda path, _: found[path], like)
+        pair = (
+            {f"{start}{name}": kind for name, kind in _kinds(arrays).items()}
+            for arrays in (found, _arrays(expected))
+        )
+        problems.extend(_differences("state", *pair))
         return {}
-    expected: dict[str, Any] = {}
-    optimizer.init_single(parameters, expected)
-    # Something else is right only if the optimizer has the same now, as after
-    # gradients of a wider dtype.
-    for template in (expected, current):
-        if _is_node(template) and _kinds(_arrays(template, mx.array)) == _kinds(saved):
-            return tree_map_with_path(lambda p, _: saved[p], template)
-    problems += _differences(
-        "state",
-        {f"{path}.{name}": kind for name, kind in _kinds(saved).items()},
-        {f"{path}.{name}": kind for name, kind in _kinds(_arrays(expected)).items()},
-    )
-    return {}
+
+    return states(parameters, optimizer.state, "")
 
 
 def _shapes(arrays: Arrays) -> dict[str, str]:
