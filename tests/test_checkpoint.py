@@ -18,9 +18,11 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from mlx_fused_optimizers import checkpoint
-from support import every_optimizer, snapshot
+from support import every_optimizer, fill, snapshot, trees
 
 
 class Network(nn.Module):  # type: ignore[misc, unused-ignore]
@@ -74,7 +76,7 @@ def refused(path: Path, model: Any, optimizer: Any, **options: Any) -> str:
 @pytest.mark.parametrize("library", [optim, stock], ids=["ours", "stock"])
 @every_optimizer
 def test_a_resumed_run_ends_in_the_same_bits(
-    name: str, options: dict[str, Any], library: Any, tmp_path: Path
+    backend: str, name: str, options: dict[str, Any], library: Any, tmp_path: Path
 ) -> None:
     def build(seed: int) -> tuple[Network, stock.Optimizer]:
         # Stock Adafactor and Muon may not return for arrays without elements.
@@ -211,6 +213,24 @@ def test_before_the_first_step_and_partly_frozen(tmp_path: Path) -> None:
     train(model, optimizer)
     train(other, resumed)
     assert everything(other, resumed) == everything(model, optimizer)
+
+
+@given(tree=trees(), seed=st.integers(0, 99))
+def test_random_trees(
+    tmp_path_factory: pytest.TempPathFactory, tree: Any, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    path = tmp_path_factory.mktemp("random") / "file"
+    parameters, gradients = fill(tree, rng, mx.float32), fill(tree, rng, mx.float32)
+    optimizer, resumed = optim.AdamW(1e-2), optim.AdamW(1e-2)
+    parameters = optimizer.apply_gradients(gradients, parameters)
+    optim.save(path, parameters, optimizer)
+    other = fill(tree, rng, mx.float32)
+    optim.load(path, other, resumed)
+    assert everything(other, resumed) == everything(parameters, optimizer)
+    parameters = optimizer.apply_gradients(gradients, parameters)
+    other = resumed.apply_gradients(gradients, other)
+    assert everything(other, resumed) == everything(parameters, optimizer)
 
 
 def test_state_that_was_cast_by_hand(tmp_path: Path) -> None:
