@@ -52,6 +52,8 @@ def test_the_example_in_the_readme() -> None:
 
 
 PROGRAM = """
+from pathlib import Path
+
 import mlx.core as mx
 import mlx_fused_optimizers as optim
 
@@ -68,6 +70,8 @@ parameters = optimizer.apply_gradients({"w": mx.ones((2, 2))}, {"w": mx.ones((2,
 norm: mx.array | None = optimizer.grad_norm
 clipped, total = optim.clip_grad_norm({"w": mx.ones((2,))}, 1.0)
 mixed = optim.MultiOptimizer([optim.Muon(1e-2), optimizer], [lambda p, x: x.ndim == 2])
+optim.save("file.safetensors", parameters, optimizer)
+optim.load(Path("file.safetensors"), parameters, optimizer, strict=False)
 """
 WRONG = 'optim.AdamW(1e-3, max_grad_norm="one")\n'
 
