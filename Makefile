@@ -23,7 +23,7 @@ cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/upda
 demo: $(STAMPS)/package $(STAMPS)/examples
 	$(BIN)/python examples/train_digits.py
 
-test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples simulator
+test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora simulator
 	$(BIN)/python -m pytest
 
 simulator: $(STAMPS)/simulator
@@ -76,6 +76,6 @@ $(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
 	touch $@
 
 # The extras of pyproject.toml, without building the package again.
-$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: $(STAMPS)/build
+$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: $(STAMPS)/build
 	$(BIN)/python cmake/build_requirements.py $(@F) | xargs -d '\n' $(BIN)/python -m pip install --quiet
 	touch $@

@@ -31,7 +31,10 @@ class Checker(doctest.OutputChecker):
         return super().check_output(want.replace("array(0.0,", "array(0,"), got, flags)
 
 
-def test_examples_in_docstrings() -> None:
+def test_examples_in_docstrings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # an example writes a file
     names = {"mx": mx, "nn": nn, "optim": optim, **vars(optim)}
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(Checker())
     for name in optim.__all__:
@@ -78,6 +81,8 @@ def test_programs_in_the_documentation(page: str) -> None:
 
 
 PROGRAM = """
+from pathlib import Path
+
 import mlx.core as mx
 import mlx_fused_optimizers as optim
 
@@ -94,6 +99,8 @@ parameters = optimizer.apply_gradients({"w": mx.ones((2, 2))}, {"w": mx.ones((2,
 norm: mx.array | None = optimizer.grad_norm
 clipped, total = optim.clip_grad_norm({"w": mx.ones((2,))}, 1.0)
 mixed = optim.MultiOptimizer([optim.Muon(1e-2), optimizer], [lambda p, x: x.ndim == 2])
+optim.save("file.safetensors", parameters, optimizer)
+optim.load(Path("file.safetensors"), parameters, optimizer, strict=False)
 """
 WRONG = 'optim.AdamW(1e-3, max_grad_norm="one")\n'
 
