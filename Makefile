@@ -23,7 +23,7 @@ cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/upda
 demo: $(STAMPS)/package $(STAMPS)/examples
 	$(BIN)/python examples/train_digits.py
 
-test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora simulator
+test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench simulator
 	$(BIN)/python -m pytest
 
 simulator: $(STAMPS)/simulator

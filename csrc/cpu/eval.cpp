@@ -101,19 +101,31 @@ void gather(const View& view, size_t start, size_t n, char* out) {
   }
 }
 
-// The elements of a block as float32: in place for float32, else in buffer.
-float* load(const View& view, size_t start, size_t n, float* buffer) {
-  const bool converts = view.dtype != mx::Dtype::Val::float32;
-  alignas(64) char gathered[cpu::block_size * sizeof(float)];
-  char* source = view.at(start);
-  if (!view.row_contiguous) {
-    source = converts ? gathered : reinterpret_cast<char*>(buffer);
-    gather(view, start, n, source);
+// Arrays whose elements the loops read and write where they are.
+bool is_direct(const View& view) {
+  return view.dtype == mx::Dtype::Val::float32 && view.row_contiguous;
+}
+
+float* direct(const View& view, size_t start) {
+  return reinterpret_cast<float*>(view.at(start));
+}
+
+// The elements of a block as float32: where they are, or in buffer.
+const float* load(const View& view, size_t start, size_t n, float* buffer) {
+  if (is_direct(view)) {
+    return direct(view, start);
   }
-  if (!converts) {
-    return reinterpret_cast<float*>(source);
+  if (view.dtype == mx::Dtype::Val::float32) {
+    gather(view, start, n, reinterpret_cast<char*>(buffer));
+    return buffer;
   }
-  const auto* half = reinterpret_cast<const uint16_t*>(source);
+  alignas(64) uint16_t gathered[cpu::block_size];
+  const auto* half = gathered;
+  if (view.row_contiguous) {
+    half = reinterpret_cast<const uint16_t*>(view.at(start));
+  } else {
+    gather(view, start, n, reinterpret_cast<char*>(gathered));
+  }
   if (view.dtype == mx::Dtype::Val::float16) {
     cpu::loops().load_float16(half, buffer, n);
   } else {
@@ -122,7 +134,7 @@ float* load(const View& view, size_t start, size_t n, float* buffer) {
   return buffer;
 }
 
-// Rounds a block to the array's dtype, unless it was updated in place.
+// Rounds a block to the array's dtype, unless it was written in place.
 void store(const View& view, size_t start, size_t n, const float* values) {
   auto* half = reinterpret_cast<uint16_t*>(view.at(start));
   if (view.dtype == mx::Dtype::Val::float16) {
@@ -163,8 +175,8 @@ void for_each_piece(const std::vector<size_t>& sizes, size_t size, F piece) {
 // One group's update, as the stream's thread runs it.
 struct UpdateTask {
   struct Tensor {
-    View targets[3];  // parameter and states
-    View sources[3];  // where not in place
+    View sources[3];  // parameter and states, as they are
+    View targets[3];  // as they will be, perhaps in the same memory
     View gradient;    // if the rule reads one
   };
 
@@ -185,50 +197,49 @@ struct UpdateTask {
     const float scale = gradient_scale ? *gradient_scale : 1;
     for_each_piece(sizes, size, [&](size_t, size_t i, size_t start, size_t n) {
       const auto& tensor = tensors[i];
-      // Float32 in place needs no buffers, and so no blocks.
-      const size_t step = is_direct(tensor) ? n : cpu::block_size;
-      for (size_t end = start + n; start < end; start += step) {
-        update(tensor, start, std::min(step, end - start), scale);
+      const size_t block = needs_no_buffers(tensor) ? n : cpu::block_size;
+      for (size_t end = start + n; start < end; start += block) {
+        update(tensor, start, std::min(block, end - start), scale);
       }
     });
   }
 
  private:
-  bool is_direct(const Tensor& tensor) const {
+  bool needs_no_buffers(const Tensor& tensor) const {
     bool direct = !layout.reads_gradient || is_direct(tensor.gradient);
     for (int k = 0; k < layout.outputs_each(); ++k) {
-      direct =
-          direct && is_direct(tensor.targets[k]) && !tensor.sources[k].data;
+      direct = direct && is_direct(tensor.sources[k]) &&
+               is_direct(tensor.targets[k]);
     }
     return direct;
   }
-  static bool is_direct(const View& view) {
-    return view.dtype == mx::Dtype::Val::float32 && view.row_contiguous;
-  }
 
   void update(const Tensor& tensor, size_t start, size_t n, float scale) const {
-    alignas(64) float buffers[4][cpu::block_size];
-    for (int k = 0; k < layout.outputs_each(); ++k) {
-      if (tensor.sources[k].data) {
-        gather(tensor.sources[k], start, n, tensor.targets[k].at(start));
-      }
-    }
+    const int each = layout.outputs_each();
     // A negative scale says that nothing is to change.
     if (scale < 0) {
+      for (int k = 0; k < each; ++k) {
+        if (tensor.sources[k].data != tensor.targets[k].data) {
+          gather(tensor.sources[k], start, n, tensor.targets[k].at(start));
+        }
+      }
       return;
     }
-    float* values[3] = {};  // parameter and states
-    for (int k = 0; k < layout.outputs_each(); ++k) {
-      values[k] = load(tensor.targets[k], start, n, buffers[k]);
+    alignas(64) float buffers[4][cpu::block_size];
+    const float* in[3] = {};
+    float* out[3] = {};
+    for (int k = 0; k < each; ++k) {
+      in[k] = load(tensor.sources[k], start, n, buffers[k]);
+      out[k] = is_direct(tensor.targets[k]) ? direct(tensor.targets[k], start)
+                                            : buffers[k];
     }
     const float* gradient = layout.reads_gradient
                                 ? load(tensor.gradient, start, n, buffers[3])
                                 : nullptr;
     cpu::loops().update(rule, hyperparameters.data(), *learning_rate,
-                        static_cast<float>(*step), scale, values[0], gradient,
-                        values[1], values[2], n);
-    for (int k = 0; k < layout.outputs_each(); ++k) {
-      store(tensor.targets[k], start, n, values[k]);
+                        static_cast<float>(*step), scale, gradient, in, out, n);
+    for (int k = 0; k < each; ++k) {
+      store(tensor.targets[k], start, n, out[k]);
     }
   }
 };
@@ -257,9 +268,9 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
     auto& tensor = task.tensors[i];
     for (int k = 0; k < layout_.outputs_each(); ++k) {
       tensor.targets[k] = kept.view(placement.target(i, k));
-      if (!placement.in_place(i, k)) {
-        tensor.sources[k] = kept.input(inputs[layout_.input(i, k)]);
-      }
+      tensor.sources[k] = placement.in_place(i, k)
+                              ? tensor.targets[k]
+                              : kept.input(inputs[layout_.input(i, k)]);
     }
     if (layout_.reads_gradient) {
       tensor.gradient = kept.input(inputs[layout_.gradient(i)]);

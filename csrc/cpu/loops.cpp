@@ -23,19 +23,21 @@ namespace {
 
 template <typename R>
 void update_with(const float* h, float learning_rate, float step,
-                 float gradient_scale, float* p, const float* g, float* s0,
-                 float* s1, size_t n) {
+                 float gradient_scale, const float* g, const float* const in[3],
+                 float* const out[3], size_t n) {
   const R rule = R::prepare(h, learning_rate, step);
+  const float *p_in = in[0], *s0_in = in[1], *s1_in = in[2];
+  float *p_out = out[0], *s0_out = out[1], *s1_out = out[2];
   MLX_FUSED_VECTORIZE
   for (size_t i = 0; i < n; ++i) {
     float s[2] = {};
     if constexpr (R::states > 0) {
-      s[0] = s0[i];
+      s[0] = s0_in[i];
     }
     if constexpr (R::states > 1) {
-      s[1] = s1[i];
+      s[1] = s1_in[i];
     }
-    float parameter = p[i];
+    float parameter = p_in[i];
     float gradient = 0;
     if constexpr (R::reads_gradient) {
       gradient = g[i];
@@ -46,24 +48,23 @@ void update_with(const float* h, float learning_rate, float step,
       gradient *= gradient_scale;
     }
     rule.update(gradient, parameter, s);
-    p[i] = parameter;
+    p_out[i] = parameter;
     if constexpr (R::states > 0) {
-      s0[i] = s[0];
+      s0_out[i] = s[0];
     }
     if constexpr (R::states > 1) {
-      s1[i] = s[1];
+      s1_out[i] = s[1];
     }
   }
 }
 
 void update(Rule rule, const float* h, float learning_rate, float step,
-            float gradient_scale, float* p, const float* g, float* s0,
-            float* s1, size_t n) {
+            float gradient_scale, const float* g, const float* const in[3],
+            float* const out[3], size_t n) {
   switch (rule) {
-#define MLX_FUSED_RULE(type, name)                                          \
-  case Rule::type:                                                          \
-    update_with<type>(h, learning_rate, step, gradient_scale, p, g, s0, s1, \
-                      n);                                                   \
+#define MLX_FUSED_RULE(type, name)                                            \
+  case Rule::type:                                                            \
+    update_with<type>(h, learning_rate, step, gradient_scale, g, in, out, n); \
     break;
     MLX_FUSED_FOR_EACH_RULE(MLX_FUSED_RULE)
 #undef MLX_FUSED_RULE

@@ -20,11 +20,13 @@ constexpr size_t sum_lanes = 32;
 struct Loops {
   const char* name;  // of the instruction set
 
-  // Updates n parameters p with gradients g, which is null for a rule that
-  // reads none. h points to the rule's hyper-parameters.
+  // Updates n parameters with gradients g, which is null for a rule that reads
+  // none. in and out are the parameters and the states, as many as the rule
+  // has; each is read from in and written to out, perhaps the same memory. h
+  // points to the rule's hyper-parameters.
   void (*update)(Rule rule, const float* h, float learning_rate, float step,
-                 float gradient_scale, float* p, const float* g, float* s0,
-                 float* s1, size_t n);
+                 float gradient_scale, const float* g, const float* const in[3],
+                 float* const out[3], size_t n);
   // Adds the squares of n values to the lanes.
   void (*add_squares)(const float* x, size_t n, float* lanes);
 

@@ -1,0 +1,55 @@
+"""The benchmarks run, and write what they say. Nothing here times anything."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_steps_beside_peers(tmp_path: Path) -> None:
+    arguments = ["--parts", "steps", "--sets", "small", "--rounds", "1"]
+    done = run("bench", *arguments, "--device", "cpu", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench.json").read_text())
+    (row,) = report["rows"]["steps"]
+    assert row["tensors"] == 800
+    assert {"ours", "ours compiled", "MLX", "MLX compiled"} <= {*row["milliseconds"]}
+    assert "800 vectors of 32" in (tmp_path / "bench.md").read_text()
+    assert (tmp_path / "steps.png").stat().st_size > 0
+
+
+def test_a_training_step(tmp_path: Path) -> None:
+    sizes = ["--width", "64", "--layers", "1", "--context", "16", "--steps", "2"]
+    done = run("bench.train_step", *sizes, "--device", "cpu", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "train_step.json").read_text())["rows"]
+    assert [row["optimizer"] for row in rows] == ["AdamW, ours", "AdamW, MLX"]
+    assert rows[0]["last loss"] == pytest.approx(rows[1]["last loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds is 0; expected at least 1"),
+        (["--sets", "huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: list[str], message: str) -> None:
+    done = run("bench", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
