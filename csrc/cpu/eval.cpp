@@ -45,7 +45,7 @@ struct Kept {
 
   View view(const mx::array& a) {
     View view{const_cast<char*>(a.data<char>()), a.dtype().val(),
-              a.flags().row_contiguous, a.itemsize()};
+              a.flags().row_contiguous, static_cast<uint8_t>(a.itemsize())};
     if (!view.row_contiguous) {
       view.walk = &walks.emplace_back(collapse(a));
     }
@@ -247,7 +247,9 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
   Placement placement(inputs, outputs, layout_,
                       can_wait ? std::function<void()>(wait) : nullptr);
 
-  UpdateTask task{rule_, layout_};
+  UpdateTask task;
+  task.rule = rule_;
+  task.layout = layout_;
   std::copy(hyperparameters_.begin(), hyperparameters_.end(),
             task.hyperparameters.begin());
   auto& kept = task.kept;

@@ -55,6 +55,7 @@ WEAK_REFERENCE = 0x40  # N_WEAK_REF: the library may lack it
 LIBCXX = {
     "__ZdlPvm",  # sized delete: clang calls it from macOS 10.12 on
     "__ZdlPvmSt11align_val_t",  # and with an alignment from 10.13 on
+    "__ZTINSt3__112system_errorE",  # of 2010, as old as libc++; caught in parallel.cpp
 }
 
 lief.logging.disable()
