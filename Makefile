@@ -2,7 +2,9 @@
 # make test    run the tests on every backend that is here
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
-# make lint    ruff, mypy and clang-format
+# make wheel   build the source distribution, and from it the wheel for this machine
+# make wheel-macos  cross-build the wheel for arm64 macOS
+# make lint    ruff, mypy, clang-format and the schema of GitHub's workflows
 # make clean   remove what the other targets made
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check metal-cost lint format clean
+.PHONY: demo test simulator metal-check metal-cost wheel wheel-macos lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -32,11 +34,18 @@ metal-check: $(STAMPS)/package $(STAMPS)/test simulator
 metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost
 
+wheel: $(STAMPS)/build $(STAMPS)/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
+
+wheel-macos: $(STAMPS)/build $(STAMPS)/test
+	$(BIN)/python tests/cross_compile/cross_compile.py --wheels dist
+
 lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(cpp_sources)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(STAMPS)/lint
 	$(BIN)/ruff check --fix .

@@ -44,9 +44,9 @@ def check_requirements() -> None:
         raise _error(needed, _describe("mlx.core", error), reinstall) from None
     # libmlx's own, which is installed as a distribution of its own. Without the
     # extension, the folder of its stubs is imported and has none.
-    version = getattr(core, "__version__", None)
-    if version != MLX_VERSION:
-        found = f"libmlx {version}" if version else _missing("mlx.core")
+    libmlx = getattr(core, "__version__", None)
+    if libmlx != MLX_VERSION:
+        found = f"libmlx {libmlx}" if libmlx else _missing("mlx.core")
         raise _error(needed, found, reinstall)
 
     try:
