@@ -170,8 +170,8 @@ def test_the_compiler_refuses_what_is_newer_than_macos_14(
 def test_a_type_that_libcxx_would_not_know_is_refused(
     library: Path, tmp_path: Path
 ) -> None:
-    # Where it is first declared, a type with a virtual function of its own is
-    # compared by its address: what is thrown here, another library cannot catch.
+    # A class with a virtual function outside of headers has one type, which is
+    # compared by its address: this one is not that of another library.
     message = with_extra_source(
         tmp_path,
         "#include <exception>\n"

@@ -67,7 +67,7 @@ WEAK_REFERENCE = 0x40  # N_WEAK_REF: the library may lack it
 LIBCXX = {
     "__ZdlPvm",  # sized delete: clang calls it from macOS 10.12 on
     "__ZdlPvmSt11align_val_t",  # and with an alignment from 10.13 on
-    "__ZTINSt3__112system_errorE",  # of 2010, as old as libc++; caught in parallel.cpp
+    "__ZTINSt3__112system_errorE",  # as old as libc++; caught in parallel.cpp
 }
 
 lief.logging.disable()
@@ -188,9 +188,9 @@ def check(library: Path, exports: dict[str, set[str]]) -> dict[str, int]:
 def check_exceptions(binary: lief.MachO.Binary) -> list[str]:
     """The types of the C++ library that are another's than those that MLX throws.
 
-    A class without a virtual function outside of the headers, as bad_function_call
-    was until 2024, has its type in each library that uses it. On arm64 macOS such a
-    type's name has its highest bit set, and is then compared as text.
+    A class with all of its virtual functions in headers, as bad_function_call was
+    until LLVM 19, has a type in each library that uses it. On arm64 macOS the pointer
+    to such a type's name has its highest bit set: they are compared by name.
     """
     faults = []
     for symbol in binary.symbols:
