@@ -1,9 +1,11 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
 # make test    run the tests on every backend that is here
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
+# make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
 # make wheel   build the source distribution, and from it the wheel for this machine
 # make wheel-macos  cross-build the wheel for arm64 macOS
+# make docs    the documentation, in build/docs
 # make lint    ruff, mypy, clang-format and the schema of GitHub's workflows
 # make clean   remove what the other targets made
 
@@ -17,13 +19,13 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check metal-cost wheel wheel-macos lint format clean
+.PHONY: demo test simulator metal-check bench metal-cost wheel wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
 	$(BIN)/python examples/train_digits.py
 
-test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples simulator
+test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora simulator
 	$(BIN)/python -m pytest
 
 simulator: $(STAMPS)/simulator
@@ -39,6 +41,14 @@ wheel: $(STAMPS)/build $(STAMPS)/test
 
 wheel-macos: $(STAMPS)/build $(STAMPS)/test
 	$(BIN)/python tests/cross_compile/cross_compile.py --wheels dist
+
+bench: $(STAMPS)/package $(STAMPS)/bench
+	$(BIN)/python -m bench
+	$(BIN)/python -m bench.train_step
+
+# -n: a reference that leads nowhere is a warning, -W: a warning an error, -E: afresh.
+docs: $(STAMPS)/package $(STAMPS)/docs
+	$(BIN)/python -m sphinx -q -n -W --keep-going -E docs build/docs
 
 lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint
 	$(BIN)/ruff check .
@@ -75,6 +85,6 @@ $(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
 	touch $@
 
 # The extras of pyproject.toml, without building the package again.
-$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint: $(STAMPS)/build
+$(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: $(STAMPS)/build
 	$(BIN)/python cmake/build_requirements.py $(@F) | xargs -d '\n' $(BIN)/python -m pip install --quiet
 	touch $@

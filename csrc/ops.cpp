@@ -17,13 +17,16 @@ namespace mlx_fused {
 
 namespace {
 
-// Elements from which a tensor is large: MLX can then free its gradient as soon
-// as it is used, which is worth more than sharing a primitive.
-constexpr size_t large = 1 << 18;
-
-// Large tensors a Metal launch: enough for few launches, few enough for
-// gradients to be freed soon.
-constexpr size_t large_group_size = 4;
+// Elements from which a tensor is large: to update it, and so to free its
+// gradient, as soon as it is ready is then worth more than sharing a primitive.
+// A launch costs more on a GPU than a primitive does on the CPU: there fewer
+// are large, and even those share one.
+struct Large {
+  size_t elements;
+  size_t group_size;
+};
+constexpr Large large_on_cpu = {1 << 14, 1};
+constexpr Large large_on_metal = {1 << 18, 4};
 
 void check_length(const char* argument, size_t given, size_t expected) {
   if (given != expected) {
@@ -179,9 +182,9 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     tail.push_back(scalar("gradient_scale", *gradient_scale, mx::float32, s));
     given_tail.push_back(tail.back());
   }
-  tail.insert(tail.end(), after.begin(), after.end());
 
   const int each = 1 + rule_traits.states;
+  Arrays previous = after;
   Arrays new_parameters = parameters;
   std::vector<Arrays> new_states = states;
   const auto run = [&](Group& group, bool fused) {
@@ -190,6 +193,9 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
                              gradient_scale.has_value()};
     const auto& scalars = fused ? tail : given_tail;
     group.inputs.insert(group.inputs.end(), scalars.begin(), scalars.end());
+    if (fused) {
+      group.inputs.insert(group.inputs.end(), previous.begin(), previous.end());
+    }
     auto outputs =
         fused ? make_outputs(group.inputs, layout,
                              std::make_shared<FusedUpdate>(
@@ -209,23 +215,26 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
         new_states[k][index] = std::move(outputs[layout.output(i, 1 + k)]);
       }
     }
+    if (fused) {
+      previous = {new_parameters[group.indices[0]]};
+    }
     group.indices.clear();
     group.inputs.clear();
   };
 
-  // Groups are filled in the tree's order, so that their gradients become ready
-  // at about the same time. A launch costs more on a GPU than a primitive does
-  // on the CPU: there even large tensors share one.
+  // MLX computes what is deepest in the graph first, and would compute all
+  // gradients before the first update. So each group waits for the one before
+  // it. They are filled from the tree's end, as gradients become ready.
   const bool metal = runs_metal(stream);
+  const auto large = metal ? large_on_metal : large_on_cpu;
   const auto is_full = [&](const Group& group) {
-    const size_t limit = !group.is_large ? max_group_size(rule_traits.states)
-                         : metal         ? large_group_size
-                                         : 1;
-    return group.indices.size() >= limit;
+    return group.indices.size() >= (group.is_large
+                                        ? large.group_size
+                                        : max_group_size(rule_traits.states));
   };
   std::vector<Group> groups;
   Arrays arrays;  // of one tensor
-  for (size_t i = 0; i < count; ++i) {
+  for (size_t i = count; i-- > 0;) {
     const auto collect = [&] {
       arrays.clear();
       arrays.push_back(parameters[i]);
@@ -254,7 +263,7 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     for (size_t k = 0; k < arrays.size(); ++k) {
       dtypes.values[k] = arrays[k].dtype().val();
     }
-    const bool is_large = parameters[i].size() >= large;
+    const bool is_large = parameters[i].size() >= large.elements;
     auto group =
         std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
           return g.is_large == is_large && g.dtypes == dtypes;

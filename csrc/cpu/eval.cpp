@@ -170,13 +170,13 @@ struct UpdateTask {
 
   Rule rule;
   GroupLayout layout;
-  std::array<float, max_hyperparameters> hyperparameters;
-  const float* learning_rate;
-  const uint64_t* step;
-  const float* gradient_scale;  // null if 1
-  std::vector<Tensor> tensors;
-  std::vector<size_t> sizes;
-  Kept kept;
+  std::array<float, max_hyperparameters> hyperparameters = {};
+  const float* learning_rate = nullptr;
+  const uint64_t* step = nullptr;
+  const float* gradient_scale = nullptr;  // if not 1
+  std::vector<Tensor> tensors = {};
+  std::vector<size_t> sizes = {};
+  Kept kept = {};
 
   void operator()() const {
     const size_t total = std::accumulate(sizes.begin(), sizes.end(), size_t{0});

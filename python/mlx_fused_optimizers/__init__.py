@@ -10,6 +10,7 @@ from ._requirements import check_requirements
 check_requirements()
 
 from ._version import __version__  # noqa: E402
+from .checkpoint import load, save  # noqa: E402
 from .clipping import clip_grad_norm  # noqa: E402
 from .filters import decay_matrices_only  # noqa: E402
 from .optimizers import (  # noqa: E402
@@ -60,7 +61,9 @@ __all__ = [
     "inverse_sqrt",
     "join_schedules",
     "linear_schedule",
+    "load",
     "polynomial_decay",
+    "save",
     "step_decay",
     "warmup_stable_decay",
 ]

@@ -1,0 +1,341 @@
+"""What is measured. Each part is a list of units of work, and a unit gives one row."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as stock
+import mlx_fused_optimizers as optim
+
+from . import peers as p
+from .sets import SETS, Shapes, elements
+from .streaming import chip_bandwidth, streaming_loop
+from .timing import interleave
+
+Row = dict[str, Any]
+Unit = Callable[[], Row]
+
+BYTES_ADAM = 28  # a float32 parameter: four arrays read, three written
+LOOP = "streaming loop"
+
+
+class Choice(NamedTuple):
+    """What to measure."""
+
+    optimizers: list[str] | None
+    dtypes: list[str]
+    sets: list[str]
+    rounds: int
+    gpu: bool
+
+
+def limit(count: int, choice: Choice) -> dict[str, p.Step]:
+    """The streaming loop over so many elements; nothing where the chip is known."""
+    return {} if choice.gpu else {LOOP: streaming_loop(min(count, 1 << 26))}
+
+
+def bandwidth_of_limit(times: dict[str, float], count: int) -> float | None:
+    """GB/s."""
+    if LOOP in times:
+        return min(count, 1 << 26) * BYTES_ADAM / times[LOOP] / 1e9
+    return chip_bandwidth()
+
+
+def in_milliseconds(times: dict[str, float]) -> dict[str, float]:
+    return {label: round(1e3 * t, 4) for label, t in times.items()}
+
+
+# Step times beside peers.
+
+TABLE = [
+    ("large", "AdamW"),
+    ("decoder", "AdamW"),
+    ("adapters", "AdamW"),
+    ("small", "AdamW"),
+    ("decoder", "SGD momentum"),
+    ("decoder", "Lion"),
+]
+
+
+def steps(choice: Choice) -> list[Unit]:
+    pairs = TABLE
+    if choice.optimizers:
+        pairs = [(s, o) for o in choice.optimizers for s in SETS]
+    return [
+        partial(step_row, name, optimizer, dtype, choice)
+        for dtype in choice.dtypes
+        for name, optimizer in pairs
+        if name in choice.sets
+    ]
+
+
+def step_row(name: str, optimizer: str, dtype: str, choice: Choice) -> Row:
+    label, shapes = SETS[name]
+    times = interleave(p.peers(optimizer, shapes, dtype), choice.rounds)
+    return {
+        "set": label,
+        "optimizer": optimizer,
+        "dtype": dtype,
+        "tensors": len(shapes),
+        "parameters": elements(shapes),
+        "milliseconds": in_milliseconds(times),
+        "ratio to ours": {
+            label: round(t / times[p.OURS], 2) for label, t in times.items()
+        },
+    }
+
+
+# Bandwidth of large tensors against the limit.
+
+MILLIONS = [1, 4, 16, 64, 256, 500]
+
+
+def bandwidth(choice: Choice) -> list[Unit]:
+    return [
+        partial(bandwidth_row, millions, dtype, choice)
+        for dtype in choice.dtypes
+        for millions in MILLIONS
+        if dtype == "float32" or millions <= 64
+    ]
+
+
+def bandwidth_row(millions: int, dtype: str, choice: Choice) -> Row:
+    shapes: Shapes = [(1 << 20,)] * millions
+    count = elements(shapes)
+    kind = p.DTYPES[dtype]
+    gradients = p.tensors(shapes, kind)
+    step = p.mlx_step(optim, "AdamW", shapes, kind, gradients)
+    rounds = choice.rounds if millions < 100 else max(3, choice.rounds // 3)
+    times = interleave({p.OURS: step, **limit(count, choice)}, rounds)
+    reached = count * BYTES_ADAM * kind.size / 4 / times[p.OURS] / 1e9
+    best = bandwidth_of_limit(times, count)
+    return {
+        "parameters": count,
+        "dtype": dtype,
+        "milliseconds": in_milliseconds(times),
+        "GB/s": round(reached, 1),
+        "limit GB/s": best and round(best, 1),
+        "share": best and round(reached / best, 3),
+    }
+
+
+# Cost against the number of tensors.
+
+COUNTS = [100, 300, 1000, 3000, 10000]
+
+
+def growth(choice: Choice) -> list[Unit]:
+    return [partial(growth_row, count, choice) for count in COUNTS]
+
+
+def growth_row(count: int, choice: Choice) -> Row:
+    shapes: Shapes = [(64,)] * count
+    gradients = p.tensors(shapes, mx.float32)
+    contenders = {p.OURS: (optim, False)}
+    if count <= 3000:
+        contenders |= {p.STOCK: (stock, False), p.STOCK_COMPILED: (stock, True)}
+    steps = {
+        label: p.mlx_step(module, "AdamW", shapes, mx.float32, gradients, compiled)
+        for label, (module, compiled) in contenders.items()
+    }
+    times = interleave(steps, choice.rounds)
+    return {
+        "tensors": count,
+        "microseconds a tensor": {
+            label: round(1e6 * t / count, 2) for label, t in times.items()
+        },
+        "MLX's own cost": graph_cost(count, choice.rounds),
+    }
+
+
+def graph_cost(count: int, rounds: int) -> float:
+    """Microseconds that MLX needs for three outputs that share their input's memory.
+
+    A step must give as many new arrays: nothing that goes through MLX's graph takes
+    less.
+    """
+    arrays = [mx.zeros((96,)) for _ in range(count)]
+    mx.eval(arrays)
+
+    def split() -> None:
+        mx.eval([mx.split(a, 3) for a in arrays])
+
+    return round(1e6 * interleave({"split": split}, rounds)["split"] / count, 2)
+
+
+# Clipping by global norm.
+
+
+def clipping(choice: Choice) -> list[Unit]:
+    return [partial(clipping_row, dtype, choice) for dtype in choice.dtypes]
+
+
+def clipping_row(dtype: str, choice: Choice) -> Row:
+    _, shapes = SETS["decoder"]
+    kind = p.DTYPES[dtype]
+    gradients = p.tensors(shapes, kind)
+
+    def clip(module: Any) -> p.Step:
+        def run() -> None:
+            mx.eval(module.clip_grad_norm(gradients, 1.0))
+
+        return run
+
+    times = interleave(
+        {
+            "clip_grad_norm": clip(optim),
+            "MLX clip_grad_norm": clip(stock),
+            "AdamW": p.mlx_step(optim, "AdamW", shapes, kind, gradients),
+            "AdamW max_grad_norm": p.mlx_step(
+                optim, "AdamW", shapes, kind, gradients, options={"max_grad_norm": 1.0}
+            ),
+        },
+        choice.rounds,
+    )
+    return {
+        "dtype": dtype,
+        "milliseconds": in_milliseconds(times),
+        "MLX / ours": round(times["MLX clip_grad_norm"] / times["clip_grad_norm"], 2),
+        "cost of max_grad_norm": round(
+            times["AdamW max_grad_norm"] / times["AdamW"] - 1, 3
+        ),
+    }
+
+
+# Memory.
+
+MEMORY_SHAPES: Shapes = [(1 << 22,)] * 8  # 128 MB in float32
+
+
+def memory(choice: Choice) -> list[Unit]:
+    names = choice.optimizers or [*p.OPTIMIZERS]
+    return [
+        *(
+            partial(memory_row, name, dtype)
+            for dtype in choice.dtypes
+            for name in names
+        ),
+        *(partial(training_memory_row, compiled) for compiled in (False, True)),
+    ]
+
+
+def extra_memory(module: Any, optimizer: str, dtype: str, compiled: bool) -> float:
+    """MB that a step takes beyond parameters, gradients and state."""
+    kind = p.DTYPES[dtype]
+    gradients = p.tensors(MEMORY_SHAPES, kind)
+    step = p.mlx_step(module, optimizer, MEMORY_SHAPES, kind, gradients, compiled)
+    step()
+    step()
+    return peak_of(step)
+
+
+def peak_of(step: Callable[[], Any]) -> float:
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    step()
+    mx.synchronize()
+    return round((mx.get_peak_memory() - before) / 1e6, 2)
+
+
+def memory_row(optimizer: str, dtype: str) -> Row:
+    row: Row = {"what": f"a step of {optimizer}", "dtype": dtype}
+    for label, module, compiled in (
+        (p.OURS, optim, False),
+        (p.OURS_COMPILED, optim, True),
+        (p.STOCK, stock, False),
+        (p.STOCK_COMPILED, stock, True),
+    ):
+        row[label] = extra_memory(module, optimizer, dtype, compiled)
+        gc.collect()
+    return row
+
+
+def training_memory_row(compiled: bool) -> Row:
+    """Peak over forward, backward and update in one evaluation."""
+    row: Row = {
+        "what": "forward, backward and AdamW in one evaluation",
+        "dtype": "float32",
+    }
+    for label, module in ((p.OURS, optim), (p.STOCK, stock)):
+        mx.random.seed(0)
+        model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(16)])
+        optimizer = module.AdamW(1e-4, bias_correction=True)
+        optimizer.init(model.trainable_parameters())
+        x = mx.random.normal((64, 1024))
+        mx.eval(model.parameters(), optimizer.state, x)
+        state = [model.state, optimizer.state]
+        loss_and_grad = nn.value_and_grad(model, lambda m, x: m(x).square().mean())
+
+        def train(x: mx.array, f: Any = loss_and_grad, o: Any = optimizer) -> mx.array:
+            loss, gradients = f(model, x)  # noqa: B023
+            o.update(model, gradients)  # noqa: B023
+            return loss  # type: ignore[no-any-return]
+
+        if compiled:
+            train = mx.compile(train, inputs=state, outputs=state)
+
+        def step(train: Any = train, state: Any = state, x: mx.array = x) -> None:
+            mx.eval(train(x), state)
+
+        step()
+        step()
+        row[f"{label}{' compiled' if compiled else ''}"] = peak_of(step)
+    return row
+
+
+# A kernel alone: one tensor, no tree.
+
+SIZES = [1 << 12, 1 << 16, 1 << 20, 1 << 24]
+
+
+def kernels(choice: Choice) -> list[Unit]:
+    names = choice.optimizers or [*p.OPTIMIZERS]
+    return [
+        partial(kernel_row, name, dtype, size, choice)
+        for name in names
+        for dtype in ("float32", "float16", "bfloat16")
+        for size in SIZES
+    ]
+
+
+def kernel_row(optimizer: str, dtype: str, size: int, choice: Choice) -> Row:
+    kind = p.DTYPES[dtype]
+    shapes: Shapes = [(size,)]
+    gradients = p.tensors(shapes, kind)
+    step = p.mlx_step(optim, optimizer, shapes, kind, gradients)
+    times = interleave({p.OURS: step, **limit(size, choice)}, choice.rounds)
+    name, options = p.OPTIMIZERS[optimizer]
+    probe = getattr(optim, name)(learning_rate=0.0, **options)
+    state: dict[str, mx.array] = {}
+    probe.init_single(mx.zeros(1), state)
+    # Gradient and parameter are read, the parameter is written, and each state both.
+    moved = size * kind.size * (3 + 2 * len(state))
+    reached = moved / times[p.OURS] / 1e9
+    best = bandwidth_of_limit(times, size)
+    return {
+        "rule": optimizer,
+        "dtype": dtype,
+        "elements": size,
+        "microseconds": round(1e6 * times[p.OURS], 1),
+        "GB/s": round(reached, 2),
+        "share": best and round(reached / best, 3),
+    }
+
+
+PARTS: dict[str, Callable[[Choice], list[Unit]]] = {
+    "steps": steps,
+    "bandwidth": bandwidth,
+    "growth": growth,
+    "clipping": clipping,
+    "memory": memory,
+    "kernels": kernels,
+}
+
+__all__ = ["PARTS", "Choice", "Row", "Unit"]

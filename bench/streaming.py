@@ -1,0 +1,62 @@
+"""What memory gives at most: a plain streaming loop, or a chip's data sheet."""
+
+import ctypes
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_fused_optimizers import _ext
+
+# Memory bandwidth of Apple's chips in GB/s, from their data sheets.
+CHIPS = {
+    "Apple M1 Ultra": 800,
+    "Apple M1 Max": 400,
+    "Apple M1 Pro": 200,
+    "Apple M1": 68,
+    "Apple M2 Ultra": 800,
+    "Apple M2 Max": 400,
+    "Apple M2 Pro": 200,
+    "Apple M2": 100,
+    "Apple M3 Ultra": 819,
+    "Apple M3 Max": 400,
+    "Apple M3 Pro": 150,
+    "Apple M3": 100,
+    "Apple M4 Max": 546,
+    "Apple M4 Pro": 273,
+    "Apple M4": 120,
+}
+
+
+def chip_bandwidth() -> float | None:
+    """GB/s of this Mac's chip, or None if it is not known."""
+    name = str(mx.device_info().get("device_name", ""))
+    return next((gb for chip, gb in CHIPS.items() if name.startswith(chip)), None)
+
+
+def compiled_loop() -> ctypes.CDLL:
+    """``streaming.cpp``, compiled for this machine."""
+    source = Path(__file__).with_suffix(".cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "streaming.so"
+        native = [] if sys.platform == "darwin" else ["-march=native"]
+        command = ["c++", "-std=c++17", "-O3", *native, "-shared", "-fPIC", "-pthread"]
+        subprocess.run([*command, str(source), "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+
+def streaming_loop(elements: int) -> Callable[[], None]:
+    """A loop over float32 arrays of so many elements, 28 bytes each."""
+    library = compiled_loop()
+    threads = _ext.num_threads()
+    arrays = [np.full(elements, 1e-3, np.float32) for _ in range(4)]
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in arrays]
+
+    def run() -> None:
+        assert len(arrays) == len(pointers)  # whose memory they point to
+        library.stream_all(*pointers, ctypes.c_size_t(elements), threads)
+
+    return run
