@@ -3,8 +3,10 @@
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
+# make wheel   build the source distribution, and from it the wheel for this machine
+# make wheel-macos  cross-build the wheel for arm64 macOS
 # make docs    the documentation, in build/docs
-# make lint    ruff, mypy and clang-format
+# make lint    ruff, mypy, clang-format and the schema of GitHub's workflows
 # make clean   remove what the other targets made
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check bench metal-cost docs lint format clean
+.PHONY: demo test simulator metal-check bench metal-cost wheel wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -34,6 +36,12 @@ metal-check: $(STAMPS)/package $(STAMPS)/test simulator
 metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost
 
+wheel: $(STAMPS)/build $(STAMPS)/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
+
+wheel-macos: $(STAMPS)/build $(STAMPS)/test
+	$(BIN)/python tests/cross_compile/cross_compile.py --wheels dist
+
 bench: $(STAMPS)/package $(STAMPS)/bench
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.train_step
@@ -47,6 +55,7 @@ lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAM
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(cpp_sources)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(STAMPS)/lint
 	$(BIN)/ruff check --fix .

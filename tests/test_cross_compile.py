@@ -13,9 +13,13 @@ from cross_compile.cross_compile import (
     OBJC,
     SYSTEM,
     CrossCompileError,
+    check_signature,
     cross_compile,
+    linked,
     minimum_macos,
+    origin,
     parse,
+    undefined,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +39,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def library() -> Path:
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = done.stdout.splitlines()[-1]
+    summary = done.stdout.splitlines()[-2]
     assert re.fullmatch(
         r"cross-compile: \d+ files compiled, 1 library linked, \d+ symbols resolved "
         r"\(.*libmlx \d+.*\)",
@@ -54,7 +58,42 @@ def test_it_is_an_extension_for_arm64_macos_14(library: Path) -> None:
     assert sorted(libraries) == sorted([MLX, CXX, SYSTEM, OBJC])
     assert [x.path for x in binary.rpaths] == ["@loader_path/../mlx/lib"]
     assert "_PyInit__ext" in {symbol.name for symbol in binary.exported_symbols}
-    assert binary.has_code_signature
+
+
+def test_it_catches_what_mlx_throws(library: Path) -> None:
+    binary = parse(library)
+    libraries = linked(binary)
+    types = {
+        str(x.name): origin(x, libraries)
+        for x in undefined(binary)
+        if str(x.name).startswith("__ZTISt")
+    }
+    for name in ("9exception", "13runtime_error", "16invalid_argument"):
+        assert types[f"__ZTISt{name}"] == CXX
+
+
+def test_a_signature_of_other_content_is_refused(library: Path, tmp_path: Path) -> None:
+    """The Mac's kernel ends a program that loads such a library."""
+    binary = parse(library)
+    assert check_signature(library, binary) == []
+    assert binary.code_signature is not None
+    end = binary.code_signature.data_offset
+    copy = tmp_path / library.name
+    content = library.read_bytes()
+    page = 16384
+    for offset in (100, 2 * page, end - 1):  # the header, some code, the last byte
+        changed = bytearray(content)
+        changed[offset] ^= 1
+        copy.write_bytes(changed)
+        faults = check_signature(copy, binary)
+        assert faults == [f"has another page {offset // page} than was signed"]
+    changed = bytearray(content)
+    changed[end] ^= 1
+    copy.write_bytes(changed)
+    assert check_signature(copy, binary) == ["has a signature of another kind"]
+    binary.remove_signature()
+    binary.write(str(copy))
+    assert check_signature(copy, parse(copy)) == ["is not signed"]
 
 
 def test_it_holds_the_kernels(library: Path) -> None:
@@ -126,6 +165,25 @@ def test_the_compiler_refuses_what_is_newer_than_macos_14(
     library: Path, tmp_path: Path, text: str, message: str
 ) -> None:
     assert message in with_extra_source(tmp_path, text)
+
+
+def test_a_type_that_libcxx_would_not_know_is_refused(
+    library: Path, tmp_path: Path
+) -> None:
+    # A class with a virtual function outside of headers has one type, which is
+    # compared by its address: this one is not that of another library.
+    message = with_extra_source(
+        tmp_path,
+        "#include <exception>\n"
+        "namespace std {\n"
+        "struct own_error : exception { ~own_error() override; };\n"
+        "own_error::~own_error() {}\n"
+        "}\n"
+        '__attribute__((visibility("default"))) void extra() {\n'
+        "  throw std::own_error();\n"
+        "}\n",
+    )
+    assert message.endswith("std::own_error is a type of its own")
 
 
 def test_a_symbol_that_libcxx_of_macos_14_lacks_is_refused(

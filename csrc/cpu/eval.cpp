@@ -258,7 +258,9 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
   Placement placement(inputs, outputs, layout_,
                       can_wait ? std::function<void()>(wait) : nullptr);
 
-  UpdateTask task{rule_, layout_};
+  UpdateTask task;
+  task.rule = rule_;
+  task.layout = layout_;
   std::copy(hyperparameters_.begin(), hyperparameters_.end(),
             task.hyperparameters.begin());
   auto& kept = task.kept;

@@ -5,9 +5,9 @@
 Every name of ``mlx.optimizers`` 0.32.4 is here, with the same arguments and numbers.
 """
 
-from ._requirements import check_mlx
+from ._requirements import check_requirements
 
-check_mlx()
+check_requirements()
 
 from ._version import __version__  # noqa: E402
 from .checkpoint import load, save  # noqa: E402

@@ -1,1 +1,1 @@
-"""Builds the extension for arm64 macOS on any machine; see cross_compile.py."""
+"""Builds the wheel for arm64 macOS on any machine; see cross_compile.py."""

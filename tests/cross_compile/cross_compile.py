@@ -1,11 +1,14 @@
-"""Builds the extension for arm64 macOS on any machine, and checks what it needs there.
+"""Builds the wheel for arm64 macOS on any machine, and checks what it needs there.
 
     python tests/cross_compile/cross_compile.py --output build/cross
 
 The project's own CMakeLists.txt is configured for Darwin, with clang from the PyPI
 package ziglang and with MLX's macOS wheels: their headers, and libmlx.dylib to link
-with. Then every symbol that the extension asks for must be one that the library it
-is bound to has on macOS 14, where the Mac's loader will look for it.
+with. Python's headers are those of the running Python, which the wheel is then for;
+include/macos_pyconfig.h stands in for the one of them that differs on a Mac.
+
+Then every symbol that the extension asks for must be one that the library it is bound
+to has on macOS 14, where the Mac's loader will look for it.
 
 How is known what a library has:
 
@@ -16,6 +19,11 @@ How is known what a library has:
   LIBCXX below. The extension is linked with stubs that hold just that.
 - Python: nanobind's list for Apple's linker, and the running Python must have it too.
 
+An exception is caught by its type, which must be the same one in the library that
+throws it: those of the C++ library are imported from it, or, where it has none to
+import, compared by name (see check_exceptions). And an arm64 Mac loads only signed
+code: the linker signs what it writes, so nothing may change a byte of it afterwards.
+
 Nothing is run: whether the Mac's loader agrees, and what the kernels do, it cannot
 tell.
 """
@@ -24,13 +32,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import importlib.util
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,6 +54,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from metal_simulator.macos_wheels import macos_wheels
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 MACOS = [14, 0, 0]
 MLX = "@rpath/libmlx.dylib"
 SYSTEM = "/usr/lib/libSystem.B.dylib"
@@ -55,6 +67,7 @@ WEAK_REFERENCE = 0x40  # N_WEAK_REF: the library may lack it
 LIBCXX = {
     "__ZdlPvm",  # sized delete: clang calls it from macOS 10.12 on
     "__ZdlPvmSt11align_val_t",  # and with an alignment from 10.13 on
+    "__ZTINSt3__112system_errorE",  # as old as libc++; caught in parallel.cpp
 }
 
 lief.logging.disable()
@@ -66,7 +79,8 @@ class CrossCompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    library: Path
+    wheel: Path
+    library: Path  # the extension in it
     sources: list[str]  # those compiled for it
     symbols: dict[str, int]  # resolved, by library
 
@@ -74,47 +88,63 @@ class Result:
         libraries = ", ".join(f"{name} {n}" for name, n in self.symbols.items())
         return (
             f"cross-compile: {len(self.sources)} files compiled, 1 library linked, "
-            f"{sum(self.symbols.values())} symbols resolved ({libraries})"
+            f"{sum(self.symbols.values())} symbols resolved ({libraries})\n"
+            f"cross-built, not run on a Mac: {self.wheel}"
         )
 
 
-def cross_compile(output: Path, extra_source: Path | None = None) -> Result:
+def cross_compile(
+    output: Path, extra_source: Path | None = None, wheels: Path | None = None
+) -> Result:
     """Builds in `output`, where an earlier build is continued, and checks.
 
+    The wheel goes to the folder `wheels`, by default one in `output`.
+
     Raises:
-        CrossCompileError: with the compiler's message, or the symbols not found.
+        CrossCompileError: with the compiler's message, or what does not fit.
     """
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    wheels = macos_wheels() / "mlx"
-    exports = known_exports(wheels)
+    wheels = wheels or output / ("trial" if extra_source else "wheels")
+    mlx = macos_wheels() / "mlx"
+    exports = known_exports(mlx)
     stubs = [write_stub(output, name, exports[name]) for name in (CXX, OBJC)]
-    soabi = f"cpython-{sys.version_info[0]}{sys.version_info[1]}-darwin"
-    settings = {
+    definitions = {
         "CMAKE_TOOLCHAIN_FILE": HERE / "macos.cmake",
         "CMAKE_PROJECT_INCLUDE": HERE / "extension.cmake",
-        "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",  # changing it would undo the signature
         "CMAKE_COMPILE_WARNING_AS_ERROR": "ON",
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
         "EXTRA_SOURCE": extra_source.resolve() if extra_source else "",
-        "MLX_DIR": wheels / "share/cmake/MLX",
-        "MLX_LIBRARY": wheels / "lib/libmlx.dylib",
-        "Python_EXECUTABLE": sys.executable,
-        "SKBUILD_SOABI": soabi,
+        "MLX_DIR": mlx / "share/cmake/MLX",
+        "MLX_LIBRARY": mlx / "lib/libmlx.dylib",
         "STUBS": ";".join(map(str, stubs)),
         "ZIG": package_folder("ziglang") / "zig",
     }
-    definitions = [f"-D{name}={value}" for name, value in settings.items()]
-    root = HERE.parents[1]
-    run("cmake", "-S", str(root), "-B", str(output), "-G", "Ninja", *definitions)
-    run("cmake", "--build", str(output), "--target", "_ext", "--parallel")
+    settings = {f"cmake.define.{name}": str(x) for name, x in definitions.items()}
+    settings["build-dir"] = str(output)
+    settings["install.strip"] = "false"  # so would this
+    soabi = f"cpython-{sys.version_info[0]}{sys.version_info[1]}-darwin"
+    program = (
+        "import json, sys\n"
+        "from scikit_build_core.build import build_wheel\n"
+        "print(build_wheel(sys.argv[1], json.loads(sys.argv[2])))"
+    )
+    messages = run(
+        *(sys.executable, "-c", program, str(wheels.resolve()), json.dumps(settings)),
+        _PYTHON_HOST_PLATFORM=f"macosx-{MACOS[0]}.{MACOS[1]}-arm64",
+        SETUPTOOLS_EXT_SUFFIX=f".{soabi}.so",
+    )
+    wheel = wheels / messages[-1].strip()
 
     name = "_ext_with_extra_source" if extra_source else "_ext"
     library = output / f"{name}.{soabi}.so"
+    installed = zipfile.ZipFile(wheel).read(f"mlx_fused_optimizers/{library.name}")
+    if installed != library.read_bytes():
+        raise CrossCompileError(f"{library.name} was changed after it was linked")
     commands = json.loads((output / "compile_commands.json").read_text())
-    sources = [os.path.relpath(command["file"], root) for command in commands]
-    return Result(library, sources, check(library, exports))
+    sources = [os.path.relpath(command["file"], ROOT) for command in commands]
+    return Result(wheel, library, sources, check(library, exports))
 
 
 def check(library: Path, exports: dict[str, set[str]]) -> dict[str, int]:
@@ -124,12 +154,12 @@ def check(library: Path, exports: dict[str, set[str]]) -> dict[str, int]:
     facts = {
         "is not for arm64": binary.header.cpu_type == lief.MachO.Header.CPU_TYPE.ARM64,
         "is not for macOS 14.0": minimum_macos(binary) == MACOS,
-        "is not signed": binary.has_code_signature,
         f"loads {libraries}": set(libraries) == {MLX, SYSTEM, CXX, OBJC},
         f"finds libmlx in {rpaths}": rpaths == ["@loader_path/../mlx/lib"],
         "has no PyInit__ext": "_PyInit__ext" in names(binary.exported_symbols),
     }
     faults = [fault for fault, right in facts.items() if not right]
+    faults += check_exceptions(binary) + check_signature(library, binary)
 
     counts: Counter[str] = Counter()
     origins = {str(x.name): origin(x, libraries) for x in undefined(binary)}
@@ -153,6 +183,57 @@ def check(library: Path, exports: dict[str, set[str]]) -> dict[str, int]:
     if faults:
         raise CrossCompileError("\n".join([f"{library.name}:", *faults]))
     return dict(counts.most_common())
+
+
+def check_exceptions(binary: lief.MachO.Binary) -> list[str]:
+    """The types of the C++ library that are another's than those that MLX throws.
+
+    A class with all of its virtual functions in headers, as bad_function_call was
+    until LLVM 19, has a type in each library that uses it. On arm64 macOS the pointer
+    to such a type's name has its highest bit set: they are compared by name.
+    """
+    faults = []
+    for symbol in binary.symbols:
+        name = str(symbol.name)
+        found = re.fullmatch(r"__ZTI(?:St|NSt3__1)(\d+)(\w+?)E?", name)
+        if symbol.type != lief.MachO.Symbol.TYPE.SECTION or not found:
+            continue
+        if len(found[2]) == int(found[1]):  # else a template
+            content = binary.get_content_from_virtual_address(symbol.value + 8, 8)
+            if not int.from_bytes(content, "little") >> 63:
+                faults.append(f"std::{found[2]} is a type of its own")
+    return faults
+
+
+def check_signature(library: Path, binary: lief.MachO.Binary) -> list[str]:
+    """What the Mac's kernel would find wrong with the signature.
+
+    The format is that of the kernel's cs_blobs.h: a table of blobs, of which the
+    first, the code directory, has a hash of each page of the file up to itself.
+    """
+    if not binary.has_code_signature:
+        return ["is not signed"]
+    content = library.read_bytes()
+    assert binary.code_signature is not None
+    end = binary.code_signature.data_offset
+    magic, _, _, kind, offset = struct.unpack_from(">5I", content, end)
+    directory = content[end + offset :]
+    fields = struct.unpack_from(">9I4B", directory)
+    _, _, _, flags, hashes, _, _, pages, limit, size, algorithm, _, log_page = fields
+    page = 1 << log_page
+    adhoc, sha256 = 2, 2
+    if (
+        (magic, kind, fields[0]) != (0xFADE0CC0, 0, 0xFADE0C02)
+        or (flags & adhoc, size, algorithm, limit) != (adhoc, 32, sha256, end)
+        or pages != -(-end // page)
+    ):
+        return ["has a signature of another kind"]
+    return [
+        f"has another page {i} than was signed"
+        for i in range(pages)
+        if hashlib.sha256(content[i * page : min((i + 1) * page, end)]).digest()
+        != directory[hashes + i * size :][:size]
+    ]
 
 
 def known_exports(mlx: Path) -> dict[str, set[str]]:
@@ -251,13 +332,14 @@ def package_folder(name: str) -> Path:
     return Path(package.origin).parent
 
 
-def run(*command: str) -> None:
-    """Prints its progress, and raises what else it says if it fails."""
+def run(*command: str, **environment: str) -> list[str]:
+    """Prints its progress, and returns what else it says, or raises it if it fails."""
     progress = re.compile(r"\[\d+/\d+\] ")
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     with subprocess.Popen(
         command,
-        env={**os.environ, "PATH": path, "NINJA_STATUS": "[%f/%t] "},
+        cwd=ROOT,
+        env={**os.environ, "PATH": path, "NINJA_STATUS": "[%f/%t] ", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -271,19 +353,21 @@ def run(*command: str) -> None:
                 messages.append(line)
     if process.returncode:
         raise CrossCompileError("".join(messages))
+    return messages
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Build the extension for arm64 macOS and check its symbols."
+        description="Build the wheel for arm64 macOS and check its symbols."
     )
     parser.add_argument("--output", type=Path, default=Path("build/cross"))
     parser.add_argument(
         "--extra-source", type=Path, help="a C++ file to build in, for trials"
     )
+    parser.add_argument("--wheels", type=Path, help="the folder for the wheel")
     options = parser.parse_args()
     try:
-        print(cross_compile(options.output, options.extra_source))
+        print(cross_compile(options.output, options.extra_source, options.wheels))
     except CrossCompileError as error:
         print(f"cross-compile failed: {error}", file=sys.stderr)
         return 1
