@@ -2,6 +2,8 @@
 # make test    run the tests on every backend that is here
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
+# make sanitize     run the tests under the address, undefined and thread sanitizers
+# make soak    100,000 steps beside mlx.optimizers; SOAK="--steps 1000 --seed 7"
 # make lint    ruff, mypy and clang-format
 # make clean   remove what the other targets made
 
@@ -15,7 +17,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check metal-cost lint format clean
+.PHONY: demo test simulator metal-check metal-cost sanitize soak lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -31,6 +33,14 @@ metal-check: $(STAMPS)/package $(STAMPS)/test simulator
 
 metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost
+
+# SANITIZE_TESTS: pytest's arguments, if not all tests are to run.
+sanitize: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sanitize/run.py address $(SANITIZE_TESTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sanitize/run.py thread $(SANITIZE_TESTS)
+
+soak: $(STAMPS)/package $(STAMPS)/test
+	$(BIN)/python tests/soak.py $(SOAK)
 
 lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint
 	$(BIN)/ruff check .
