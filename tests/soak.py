@@ -34,7 +34,7 @@ STEP_TOLERANCE = 2e-6
 # What may remain of the arrays of all models, and what the process may have grown by
 # after the first third: heaps fragment.
 MAX_ACTIVE_GROWTH = 1 << 16
-MAX_RESIDENT_GROWTH = 32 << 20
+MAX_RESIDENT_GROWTH = 16 << 20
 # A reduction in another order, and rounding that later steps magnify.
 LOOSE = {"Adafactor": 50.0, "Muon": 500.0}
 HALF_ROUNDING = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}

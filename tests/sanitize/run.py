@@ -131,11 +131,12 @@ def check_faults(kind: str, folder: Path) -> None:
             text=True,
             check=False,
         )
-        report = take_reports(folder)
+        # UndefinedBehaviorSanitizer, beside another, writes to standard error alone.
+        report = take_reports(folder) + result.stderr
         is_right = words in report if words else not report and result.returncode == 0
         print(f"{kind}: {fault}: {words or 'nothing'} reported: {is_right}", flush=True)
         if not is_right:
-            sys.exit(report + result.stdout + result.stderr)
+            sys.exit(report + result.stdout)
 
 
 def main() -> None:
@@ -153,7 +154,14 @@ def main() -> None:
     if kind == "thread":
         tests += [f"--ignore={ROOT / 'tests' / name}" for name in NOT_THREADED]
     result = subprocess.run(
-        [sys.executable, "-c", PYTEST.format(cache=CACHE[kind]), *tests],
+        # Without capturing standard error's descriptor: see above.
+        [
+            sys.executable,
+            "-c",
+            PYTEST.format(cache=CACHE[kind]),
+            "--capture=sys",
+            *tests,
+        ],
         env=environment(kind, folder),
         cwd=ROOT,
         check=False,
