@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
-RUNTIMES = {"address": ["libasan.so"], "thread": ["libtsan.so"]}
+RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 # What must be reported, and in which words.
 FAULTS = {
     "address": {
@@ -66,6 +66,7 @@ def build(kind: str, folder: Path) -> None:
             "MLX_FUSED_SIMULATOR": simulator,
             "MLX_FUSED_SANITIZE": SANITIZERS[kind],
             "Python_EXECUTABLE": sys.executable,
+            "CMAKE_CXX_COMPILER": "g++",  # whose runtimes are loaded below
             "CMAKE_BUILD_TYPE": "RelWithDebInfo",  # nanobind strips a release
         }
         define = [f"-D{name}={value}" for name, value in options.items()]
@@ -83,10 +84,9 @@ def _run(*command: str | Path) -> None:
 def environment(kind: str, folder: Path) -> dict[str, str]:
     """The sanitizer's runtime for a Python that was built without it."""
     # The sanitizers wrap what libstdc++ throws with, and look for it at the start.
-    names = [*RUNTIMES[kind], "libstdc++.so.6"]
     runtimes = [
         subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
-        for name in names
+        for name in (RUNTIMES[kind], "libstdc++.so.6")
     ]
     # As without sanitizers: what is too large gives no memory.
     common = f"log_path={folder}/reports/report:allocator_may_return_null=1"
