@@ -3,6 +3,8 @@
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
+# make sanitize     run the tests under the address, undefined and thread sanitizers
+# make soak    100,000 steps beside mlx.optimizers; SOAK="--steps 1000 --seed 7"
 # make wheel   build the source distribution, and from it the wheel for this machine
 # make wheel-macos  cross-build the wheel for arm64 macOS
 # make docs    the documentation, in build/docs
@@ -19,7 +21,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check bench metal-cost wheel wheel-macos docs lint format clean
+.PHONY: demo test simulator metal-check bench metal-cost sanitize soak wheel wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -49,6 +51,14 @@ bench: $(STAMPS)/package $(STAMPS)/bench
 # -n: a reference that leads nowhere is a warning, -W: a warning an error, -E: afresh.
 docs: $(STAMPS)/package $(STAMPS)/docs
 	$(BIN)/python -m sphinx -q -n -W --keep-going -E docs build/docs
+
+# SANITIZE_TESTS: pytest's arguments, if not all tests are to run.
+sanitize: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sanitize/run.py address $(SANITIZE_TESTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/sanitize/run.py thread $(SANITIZE_TESTS)
+
+soak: $(STAMPS)/package $(STAMPS)/test
+	$(BIN)/python tests/soak.py $(SOAK)
 
 lint: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/bench $(STAMPS)/lint
 	$(BIN)/ruff check .

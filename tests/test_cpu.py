@@ -1,16 +1,20 @@
 """The CPU's loops: every instruction set and any number of threads, the same bits."""
 
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
 from mlx_fused_optimizers import _ext
-from support import random_array, snapshot
+from support import fill, random_array, snapshot
 
 DIGEST = """
 import hashlib, sys
@@ -77,6 +81,40 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     assert all(result == results[0] for result in results)
     with pytest.raises(ValueError, match="count is 0; expected 1 to 256"):
         _ext.set_num_threads(0)
+
+
+def test_streams_share_the_threads_while_their_number_changes() -> None:
+    makers: list[Callable[[], Any]] = [
+        lambda: optim.AdamW(1e-2, bias_correction=True),
+        lambda: optim.SGD(1e-2, momentum=0.9, max_grad_norm=1.0),
+        lambda: optim.Lion(1e-3, skip_nonfinite=True),
+        lambda: optim.Adagrad(1e-2, state_dtype=mx.float16),
+    ]
+
+    def run(index: int) -> dict[str, bytes]:
+        rng = np.random.default_rng(index)
+        with mx.stream(mx.new_stream(mx.cpu)):
+            optimizer = makers[index]()
+            tree = {"large": mx.zeros((400, 300)), "small": mx.zeros((30,))}
+            parameters = fill(tree, rng, mx.float32)
+            gradients = fill(tree, rng, mx.float32)
+            for _ in range(30):
+                parameters = optimizer.apply_gradients(gradients, parameters)
+                mx.async_eval(parameters, optimizer.state)
+            return snapshot([parameters, optimizer.state])
+
+    threads = _ext.num_threads()
+    try:
+        with ThreadPoolExecutor(len(makers)) as executor:
+            futures = [executor.submit(run, i) for i in range(len(makers))]
+            for count in itertools.cycle((2, 3, 1, 4)):
+                _ext.set_num_threads(count)
+                if wait(futures, timeout=0.005).not_done == set():
+                    break
+        results = [future.result() for future in futures]
+    finally:
+        _ext.set_num_threads(threads)
+    assert results == [run(i) for i in range(len(makers))]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)

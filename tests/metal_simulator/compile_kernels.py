@@ -56,6 +56,8 @@ FLAGS = [
     *("-mllvm", "-asan-instrumentation-with-call-threshold=0"),
     *("-mllvm", "-asan-opt=0", "-mllvm", "-asan-stack=0", "-mllvm", "-asan-globals=0"),
     *("-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"),
+    # Not AddressSanitizer's own names: it may watch over the simulator.
+    *("-mllvm", "-asan-memory-access-callback-prefix=simulator_"),
 ]
 
 # The order is that of simulator::Arguments and of Attribute in simulator.h.

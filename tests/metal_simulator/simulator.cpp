@@ -5,6 +5,10 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -145,6 +149,37 @@ struct Thread {
   Arguments arguments;
 };
 
+// AddressSanitizer has to know on which stack the program runs, or it takes the
+// frames that an exception unwinds for those of another.
+class StackSwitch {
+ public:
+#if defined(__SANITIZE_ADDRESS__)
+  // Before a switch to that stack, and after the one back.
+  void leave(const void* to, size_t bytes) {
+    __sanitizer_start_switch_fiber(&fake_stack_, to, bytes);
+  }
+  void arrive() {
+    __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
+  }
+
+  // On a new fiber: the stack it was entered from. And for the last time on it.
+  static void enter(const void** from, size_t* bytes) {
+    __sanitizer_finish_switch_fiber(nullptr, from, bytes);
+  }
+  static void end(const void* to, size_t bytes) {
+    __sanitizer_start_switch_fiber(nullptr, to, bytes);
+  }
+
+ private:
+  void* fake_stack_ = nullptr;
+#else
+  void leave(const void*, size_t) {}
+  void arrive() {}
+  static void enter(const void**, size_t*) {}
+  static void end(const void*, size_t) {}
+#endif
+};
+
 // A stack on which threads run, one after the other: a kernel without barriers
 // needs but one.
 struct Fiber {
@@ -223,6 +258,8 @@ class Execution {
   Fiber* fiber_ = nullptr;
   Thread* thread_ = nullptr;
   ucontext_t scheduler_;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
   std::string error_;
 };
 
@@ -424,7 +461,10 @@ void Execution::run_group(const Size& group) {
 void Execution::resume(Fiber* fiber) {
   fiber_ = fiber;
   thread_ = fiber->thread;
+  StackSwitch stack;
+  stack.leave(fiber->stack, stack_bytes);
   swapcontext(&scheduler_, &fiber->context);
+  stack.arrive();
   if (!error_.empty()) {
     throw std::runtime_error(error_);
   }
@@ -433,11 +473,15 @@ void Execution::resume(Fiber* fiber) {
 void Execution::wait() {
   Fiber* self = fiber_;
   self->thread = thread_;
+  StackSwitch stack;
+  stack.leave(scheduler_stack_, scheduler_stack_bytes_);
   swapcontext(&self->context, &scheduler_);
+  stack.arrive();
 }
 
 void Execution::fiber_main() {
   Execution& self = *running;
+  StackSwitch::enter(&self.scheduler_stack_, &self.scheduler_stack_bytes_);
   try {
     while (self.started_ < self.threads_.size()) {
       Thread& thread = self.threads_[self.order_[self.started_++]];
@@ -449,6 +493,7 @@ void Execution::fiber_main() {
   } catch (const std::exception& error) {
     self.error_ = error.what();  // resume() throws it on the launch's stack
   }
+  StackSwitch::end(self.scheduler_stack_, self.scheduler_stack_bytes_);
   setcontext(&self.scheduler_);
 }
 
@@ -819,10 +864,10 @@ using simulator::running;
 extern "C" {
 
 #define METAL_SIMULATOR_ACCESS(bytes)                                    \
-  void __asan_load##bytes##_noabort(uintptr_t address) {                 \
+  void simulator_load##bytes##_noabort(uintptr_t address) {              \
     running->access(address, bytes, false, __builtin_return_address(0)); \
   }                                                                      \
-  void __asan_store##bytes##_noabort(uintptr_t address) {                \
+  void simulator_store##bytes##_noabort(uintptr_t address) {             \
     running->access(address, bytes, true, __builtin_return_address(0));  \
   }
 METAL_SIMULATOR_ACCESS(1)
@@ -831,27 +876,27 @@ METAL_SIMULATOR_ACCESS(4)
 METAL_SIMULATOR_ACCESS(8)
 METAL_SIMULATOR_ACCESS(16)
 
-void __asan_loadN_noabort(uintptr_t address, size_t bytes) {
+void simulator_loadN_noabort(uintptr_t address, size_t bytes) {
   running->access(address, bytes, false, __builtin_return_address(0));
 }
-void __asan_storeN_noabort(uintptr_t address, size_t bytes) {
+void simulator_storeN_noabort(uintptr_t address, size_t bytes) {
   running->access(address, bytes, true, __builtin_return_address(0));
 }
 
 // Copies of structs.
-void* __asan_memcpy(void* to, const void* from, size_t bytes) {
+void* simulator_memcpy(void* to, const void* from, size_t bytes) {
   const void* caller = __builtin_return_address(0);
   running->access(reinterpret_cast<uintptr_t>(from), bytes, false, caller);
   running->access(reinterpret_cast<uintptr_t>(to), bytes, true, caller);
   return std::memcpy(to, from, bytes);
 }
-void* __asan_memmove(void* to, const void* from, size_t bytes) {
+void* simulator_memmove(void* to, const void* from, size_t bytes) {
   const void* caller = __builtin_return_address(0);
   running->access(reinterpret_cast<uintptr_t>(from), bytes, false, caller);
   running->access(reinterpret_cast<uintptr_t>(to), bytes, true, caller);
   return std::memmove(to, from, bytes);
 }
-void* __asan_memset(void* to, int value, size_t bytes) {
+void* simulator_memset(void* to, int value, size_t bytes) {
   running->access(reinterpret_cast<uintptr_t>(to), bytes, true,
                   __builtin_return_address(0));
   return std::memset(to, value, bytes);

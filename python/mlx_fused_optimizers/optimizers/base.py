@@ -154,10 +154,12 @@ class Optimizer(stock.Optimizer):
             model.update(self.apply_gradients(gradients, model))
             return
         undo = self._remember()
+        before = _ext.Snapshot(model)
         try:
             model.update(self._step(gradients, model, None))
         except BaseException:
             undo()
+            before.restore()
             raise
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
