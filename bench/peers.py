@@ -11,10 +11,17 @@ import mlx_fused_optimizers as optim
 
 from .sets import Shapes
 
-try:
-    import torch
-except ImportError:
-    torch = None  # type: ignore[assignment]
+
+def import_torch() -> Any:
+    """The module, or None where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
+
+
+torch = import_torch()
 
 Step = Callable[[], None]
 
