@@ -11,6 +11,6 @@ def test_two_thousand_steps() -> None:
     # Each kind of disturbance has come.
     assert report.compiled > 0
     assert report.reloads > 0
-    assert report.reassignments > report.reloads
+    assert report.reassignments > 0
     assert report.exceptions > 0
     assert report.skipped > 0
