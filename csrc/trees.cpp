@@ -38,6 +38,25 @@ bool is_array(nb::handle h) {
 
 const mx::array& array_of(nb::handle h) { return *nb::inst_ptr<mx::array>(h); }
 
+using Value = std::variant<mx::array, nb::object>;
+
+Value value_of(nb::handle h) {
+  return is_array(h) ? Value(array_of(h)) : Value(nb::borrow(h));
+}
+
+nb::object object_of(const Value& value) {
+  const auto* a = std::get_if<mx::array>(&value);
+  return a ? nb::cast(*a) : std::get<nb::object>(value);
+}
+
+// The same, or what stands there now if it is that.
+nb::object object_of(const Value& value, nb::handle now) {
+  const auto* a = std::get_if<mx::array>(&value);
+  const bool is_same =
+      a && now && is_array(now) && array_of(now).id() == a->id();
+  return is_same ? nb::borrow(now) : object_of(value);
+}
+
 // A dict's entry, or null.
 nb::handle entry(nb::handle dict, nb::handle key) {
   if (!is_dict(dict)) {
@@ -178,11 +197,11 @@ bool Leaves::fused_update(const std::string& rule,
   auto [new_parameters, new_states] = mlx_fused::fused_update(
       rule, hyperparameters, parameters, gradients, states, learning_rate, step,
       gradient_scale, state_dtype.has_value());
+  changes_.reserve(changes_.size() + chosen.size() * keys.size());
   for (size_t j = 0; j < chosen.size(); ++j) {
     updated_[chosen[j]] = nb::cast(std::move(new_parameters[j]));
     for (size_t k = 0; k < keys.size(); ++k) {
-      changes_.push_back(
-          {chosen[j], keys[k], nb::cast(std::move(new_states[k][j]))});
+      changes_.push_back({chosen[j], keys[k], std::move(new_states[k][j])});
     }
   }
   return true;
@@ -198,8 +217,13 @@ void Leaves::set(size_t index, nb::object parameter, nb::dict changes) {
 nb::object Leaves::commit() {
   size_t next = 0;
   auto result = with_leaves(tree_, updated_, next);
-  for (const auto& [index, key, value] : changes_) {
-    if (PyObject_SetItem(states_[index].ptr(), key.ptr(), value.ptr()) < 0) {
+  for (auto& [index, key, value] : changes_) {
+    auto* updated = std::get_if<mx::array>(&value);
+    const auto old = updated ? entry(states_[index], key) : nb::handle();
+    if (old && is_array(old) && Py_REFCNT(old.ptr()) == 1) {
+      *nb::inst_ptr<mx::array>(old) = std::move(*updated);
+    } else if (PyObject_SetItem(states_[index].ptr(), key.ptr(),
+                                object_of(value).ptr()) < 0) {
       throw nb::python_error();
     }
   }
@@ -223,12 +247,11 @@ void Snapshot::record(nb::handle tree) {
   const size_t begin = contents_.size();
   if (is_dict(tree)) {
     for (const auto [key, value] : nb::borrow<nb::dict>(tree)) {
-      contents_.push_back(nb::borrow(key));
-      contents_.push_back(nb::borrow(value));
+      contents_.push_back({nb::borrow(key), value_of(value)});
     }
   } else if (is_list(tree)) {
     for (const auto value : nb::borrow<nb::list>(tree)) {
-      contents_.push_back(nb::borrow(value));
+      contents_.push_back({{}, value_of(value)});
     }
   } else {
     if (is_tuple(tree)) {
@@ -241,26 +264,35 @@ void Snapshot::record(nb::handle tree) {
   const size_t end = contents_.size();
   nodes_.push_back({nb::borrow(tree), begin, end});
   for (size_t i = begin; i < end; ++i) {
-    record(nb::object(contents_[i]));  // a key is a leaf, or a tuple of leaves
+    if (const auto* value = std::get_if<nb::object>(&contents_[i].value)) {
+      record(nb::object(*value));
+    }
   }
 }
 
 void Snapshot::restore() const {
   for (const auto& [node, begin, end] : nodes_) {
-    if (is_dict(node)) {
-      PyDict_Clear(node.ptr());
-      for (size_t i = begin; i < end; i += 2) {
-        if (PyDict_SetItem(node.ptr(), contents_[i].ptr(),
-                           contents_[i + 1].ptr()) < 0) {
-          throw nb::python_error();
-        }
+    nb::list before;
+    for (size_t i = begin; i < end; ++i) {
+      const auto& [key, value] = contents_[i];
+      nb::handle now;
+      if (is_dict(node)) {
+        now = entry(node, key);
+      } else if (i - begin < nb::len(node)) {
+        now = PyList_GET_ITEM(node.ptr(), i - begin);
       }
-    } else {
-      nb::list before;
-      for (size_t i = begin; i < end; ++i) {
-        before.append(contents_[i]);
-      }
+      before.append(object_of(value, now));
+    }
+    if (is_list(node)) {
       if (PyList_SetSlice(node.ptr(), 0, PY_SSIZE_T_MAX, before.ptr()) < 0) {
+        throw nb::python_error();
+      }
+      continue;
+    }
+    PyDict_Clear(node.ptr());
+    for (size_t i = begin; i < end; ++i) {
+      if (PyDict_SetItem(node.ptr(), contents_[i].key.ptr(),
+                         before[i - begin].ptr()) < 0) {
         throw nb::python_error();
       }
     }

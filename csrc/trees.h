@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "mlx/array.h"
@@ -59,8 +60,9 @@ class Leaves {
   // What another way of computing it made of a leaf.
   void set(size_t index, nb::object parameter, nb::dict changes);
 
-  // Writes all changes into the states' dicts. Returns the updated parameters
-  // in a tree of the gradients' structure.
+  // Writes all changes into the states' dicts: into the very array objects that
+  // nobody but the dict refers to, as for `a += b`. Returns the updated
+  // parameters in a tree of the gradients' structure.
   nb::object commit();
 
   // The gradients' tree with these leaves in place of its own.
@@ -75,12 +77,14 @@ class Leaves {
   std::vector<nb::object> updated_;
   struct Change {
     size_t index;
-    nb::object key, value;
+    nb::object key;
+    std::variant<mx::array, nb::object> value;
   };
   std::vector<Change> changes_;
 };
 
 // What a tree's dicts and lists hold now, to be given back to the same objects.
+// Arrays are kept as what they are now, not as the objects, which may change.
 class Snapshot {
  public:
   explicit Snapshot(nb::handle tree) { record(tree); }
@@ -94,8 +98,12 @@ class Snapshot {
     nb::object node;
     size_t begin, end;
   };
+  struct Item {
+    nb::object key;  // in a dict
+    std::variant<mx::array, nb::object> value;
+  };
   std::vector<Node> nodes_;
-  std::vector<nb::object> contents_;  // keys and values, or a list's values
+  std::vector<Item> contents_;
 };
 
 }  // namespace MLX_FUSED_MODULE
