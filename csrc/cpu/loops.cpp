@@ -6,85 +6,21 @@
 
 #include <string.h>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-// No two arrays of an update overlap, unless they are the same one.
+// A vector at a time: unrolled first, the loop over a tile would become scalar.
 #if defined(__clang__)
-#define MLX_FUSED_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#define MLX_FUSED_VECTORIZE \
+  _Pragma("clang loop vectorize(assume_safety) unroll(disable)")
 #else
-#define MLX_FUSED_VECTORIZE _Pragma("GCC ivdep")
+#define MLX_FUSED_VECTORIZE _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
 namespace mlx_fused::cpu {
 
 namespace {
-
-template <typename R>
-void update_with(const float* h, float learning_rate, float step,
-                 float gradient_scale, const float* g, const float* const in[3],
-                 float* const out[3], size_t n) {
-  const R rule = R::prepare(h, learning_rate, step);
-  const float *p_in = in[0], *s0_in = in[1], *s1_in = in[2];
-  float *p_out = out[0], *s0_out = out[1], *s1_out = out[2];
-  MLX_FUSED_VECTORIZE
-  for (size_t i = 0; i < n; ++i) {
-    float s[2] = {};
-    if constexpr (R::states > 0) {
-      s[0] = s0_in[i];
-    }
-    if constexpr (R::states > 1) {
-      s[1] = s1_in[i];
-    }
-    float parameter = p_in[i];
-    float gradient = 0;
-    if constexpr (R::reads_gradient) {
-      gradient = g[i];
-    }
-    if constexpr (R::gradient_in_place) {
-      parameter *= gradient_scale;
-    } else {
-      gradient *= gradient_scale;
-    }
-    rule.update(gradient, parameter, s);
-    p_out[i] = parameter;
-    if constexpr (R::states > 0) {
-      s0_out[i] = s[0];
-    }
-    if constexpr (R::states > 1) {
-      s1_out[i] = s[1];
-    }
-  }
-}
-
-void update(Rule rule, const float* h, float learning_rate, float step,
-            float gradient_scale, const float* g, const float* const in[3],
-            float* const out[3], size_t n) {
-  switch (rule) {
-#define MLX_FUSED_RULE(type, name)                                            \
-  case Rule::type:                                                            \
-    update_with<type>(h, learning_rate, step, gradient_scale, g, in, out, n); \
-    break;
-    MLX_FUSED_FOR_EACH_RULE(MLX_FUSED_RULE)
-#undef MLX_FUSED_RULE
-  }
-}
-
-void add_squares(const float* x, size_t n, float* lanes) {
-  float sums[sum_lanes];
-  memcpy(sums, lanes, sizeof(sums));
-  size_t i = 0;
-  for (; i + sum_lanes <= n; i += sum_lanes) {
-    for (size_t lane = 0; lane < sum_lanes; ++lane) {
-      sums[lane] += x[i + lane] * x[i + lane];
-    }
-  }
-  for (size_t lane = 0; i < n; ++i, ++lane) {
-    sums[lane] += x[i] * x[i];
-  }
-  memcpy(lanes, sums, sizeof(sums));
-}
 
 float as_float(uint32_t bits) {
   float value;
@@ -127,69 +63,266 @@ uint16_t to_float16(float value) {
   return static_cast<uint16_t>(sign | half);
 }
 
-void load_float16(const uint16_t* in, float* out, size_t n) {
-  size_t i = 0;
+float from_bfloat16(uint16_t half) {
+  return as_float(static_cast<uint32_t>(half) << 16);
+}
+
+uint16_t to_bfloat16(float value) {
+  const uint32_t bits = as_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+}
+
+// What the loops read and write: float32, or 16 bits of one of two kinds.
+struct Float32 {
+  using Type = float;
+  static void load(const float* in, float* out, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+      out[i] = in[i];
+    }
+  }
+  static void store(const float* in, float* out, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+      out[i] = in[i];
+    }
+  }
+};
+
+struct BFloat16 {
+  using Type = uint16_t;
+  static void load(const uint16_t* in, float* out, size_t n) {
+    size_t i = 0;
 #if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16) {
-    const auto half =
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
-    _mm512_storeu_ps(out + i, _mm512_cvtph_ps(half));
-  }
-#elif defined(__F16C__)
-  for (; i + 8 <= n; i += 8) {
-    const auto half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
-  }
+    for (; i + 16 <= n; i += 16) {
+      const auto half =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
+      _mm512_storeu_si512(out + i,
+                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+#elif defined(__AVX2__)
+    for (; i + 8 <= n; i += 8) {
+      const auto half =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                          _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    }
 #endif
-  for (; i < n; ++i) {
-    out[i] = from_float16(in[i]);
+    for (; i < n; ++i) {
+      out[i] = from_bfloat16(in[i]);
+    }
   }
-}
-
-void store_float16(const float* in, uint16_t* out, size_t n) {
-  size_t i = 0;
+  static void store(const float* in, uint16_t* out, size_t n) {
+    size_t i = 0;
 #if defined(__AVX512F__)
-  for (; i + 16 <= n; i += 16) {
-    const auto half =
-        _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), half);
-  }
-#elif defined(__F16C__)
-  for (; i + 8 <= n; i += 8) {
-    const auto half =
-        _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
-  }
+    for (; i + 16 <= n; i += 16) {
+      const auto value = _mm512_loadu_ps(in + i);
+      const auto bits = _mm512_castps_si512(value);
+      const auto upper = _mm512_srli_epi32(bits, 16);
+      const auto odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+      const auto half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+      const auto rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+      const auto quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+      const auto is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(out + i),
+          _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet)));
+    }
+#elif defined(__AVX2__)
+    for (; i + 8 <= n; i += 8) {
+      const auto value = _mm256_loadu_ps(in + i);
+      const auto bits = _mm256_castps_si256(value);
+      const auto upper = _mm256_srli_epi32(bits, 16);
+      const auto odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+      const auto half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
+      const auto rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+      const auto quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+      const auto is_nan =
+          _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+      const auto result = _mm256_blendv_epi8(rounded, quiet, is_nan);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                       _mm_packus_epi32(_mm256_castsi256_si128(result),
+                                        _mm256_extracti128_si256(result, 1)));
+    }
 #endif
-  for (; i < n; ++i) {
-    out[i] = to_float16(in[i]);
+    for (; i < n; ++i) {
+      out[i] = to_bfloat16(in[i]);
+    }
+  }
+};
+
+struct Float16 {
+  using Type = uint16_t;
+  static void load(const uint16_t* in, float* out, size_t n) {
+    size_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) {
+      const auto half =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
+      _mm512_storeu_ps(out + i, _mm512_cvtph_ps(half));
+    }
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      const auto half =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
+    }
+#endif
+    for (; i < n; ++i) {
+      out[i] = from_float16(in[i]);
+    }
+  }
+  static void store(const float* in, uint16_t* out, size_t n) {
+    size_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) {
+      const auto half =
+          _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), half);
+    }
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8) {
+      const auto half =
+          _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
+    }
+#endif
+    for (; i < n; ++i) {
+      out[i] = to_float16(in[i]);
+    }
+  }
+};
+
+// Elements that are loaded, updated and stored at a time: one vector, so that
+// they stay in registers; or more, for the compiler to make vectors of.
+#if defined(__AVX512F__)
+constexpr size_t tile_size = 16;
+#elif defined(__AVX2__)
+constexpr size_t tile_size = 8;
+#else
+constexpr size_t tile_size = 64;
+#endif
+
+template <typename R, typename F>
+inline __attribute__((always_inline)) void update_tile(
+    const R& rule, float gradient_scale, const typename F::Type* g,
+    const typename F::Type* const in[3], typename F::Type* const out[3],
+    size_t start) {
+  float p[tile_size], s[2][tile_size], gradients[tile_size];
+  F::load(in[0] + start, p, tile_size);
+  for (int k = 0; k < R::states; ++k) {
+    F::load(in[1 + k] + start, s[k], tile_size);
+  }
+  if constexpr (R::reads_gradient) {
+    F::load(g + start, gradients, tile_size);
+  }
+  MLX_FUSED_VECTORIZE
+  for (size_t i = 0; i < tile_size; ++i) {
+    float states[2] = {};
+    if constexpr (R::states > 0) {
+      states[0] = s[0][i];
+    }
+    if constexpr (R::states > 1) {
+      states[1] = s[1][i];
+    }
+    float parameter = p[i];
+    float gradient = 0;
+    if constexpr (R::reads_gradient) {
+      gradient = gradients[i];
+    }
+    if constexpr (R::gradient_in_place) {
+      parameter *= gradient_scale;
+    } else {
+      gradient *= gradient_scale;
+    }
+    rule.update(gradient, parameter, states);
+    p[i] = parameter;
+    if constexpr (R::states > 0) {
+      s[0][i] = states[0];
+    }
+    if constexpr (R::states > 1) {
+      s[1][i] = states[1];
+    }
+  }
+  F::store(p, out[0] + start, tile_size);
+  for (int k = 0; k < R::states; ++k) {
+    F::store(s[k], out[1 + k] + start, tile_size);
   }
 }
 
-void load_bfloat16(const uint16_t* in, float* out, size_t n) {
-  for (size_t i = 0; i < n; ++i) {
-    out[i] = as_float(static_cast<uint32_t>(in[i]) << 16);
+template <typename R, typename F>
+void update_with(const float* h, float learning_rate, float step,
+                 float gradient_scale, const typename F::Type* g,
+                 const typename F::Type* const in[3],
+                 typename F::Type* const out[3], size_t n) {
+  using Type = typename F::Type;
+  const R rule = R::prepare(h, learning_rate, step);
+  size_t i = 0;
+  for (; i + tile_size <= n; i += tile_size) {
+    update_tile<R, F>(rule, gradient_scale, g, in, out, i);
+  }
+  if (i == n) {
+    return;
+  }
+  // The rest, as a tile of its own.
+  const size_t bytes = (n - i) * sizeof(Type);
+  Type rest[4][tile_size] = {};
+  const Type* rest_in[3] = {rest[0], rest[1], rest[2]};
+  Type* rest_out[3] = {rest[0], rest[1], rest[2]};
+  for (int k = 0; k <= R::states; ++k) {
+    memcpy(rest[k], in[k] + i, bytes);
+  }
+  if constexpr (R::reads_gradient) {
+    memcpy(rest[3], g + i, bytes);
+  }
+  update_tile<R, F>(rule, gradient_scale, rest[3], rest_in, rest_out, 0);
+  for (int k = 0; k <= R::states; ++k) {
+    memcpy(out[k] + i, rest[k], bytes);
   }
 }
 
-void store_bfloat16(const float* in, uint16_t* out, size_t n) {
-  for (size_t i = 0; i < n; ++i) {
-    const uint32_t bits = as_bits(in[i]);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    out[i] = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
+template <typename F>
+void update(Rule rule, const float* h, float learning_rate, float step,
+            float gradient_scale, const typename F::Type* g,
+            const typename F::Type* const in[3], typename F::Type* const out[3],
+            size_t n) {
+  switch (rule) {
+#define MLX_FUSED_RULE(type, name)                                           \
+  case Rule::type:                                                           \
+    update_with<type, F>(h, learning_rate, step, gradient_scale, g, in, out, \
+                         n);                                                 \
+    break;
+    MLX_FUSED_FOR_EACH_RULE(MLX_FUSED_RULE)
+#undef MLX_FUSED_RULE
   }
+}
+
+void add_squares(const float* x, size_t n, float* lanes) {
+  float sums[sum_lanes];
+  memcpy(sums, lanes, sizeof(sums));
+  size_t i = 0;
+  for (; i + sum_lanes <= n; i += sum_lanes) {
+    for (size_t lane = 0; lane < sum_lanes; ++lane) {
+      sums[lane] += x[i + lane] * x[i + lane];
+    }
+  }
+  for (size_t lane = 0; i < n; ++i, ++lane) {
+    sums[lane] += x[i] * x[i];
+  }
+  memcpy(lanes, sums, sizeof(sums));
 }
 
 }  // namespace
 
 extern const Loops MLX_FUSED_LOOPS;
 const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
-                               update,
+                               update<Float32>,
+                               update<Float16>,
+                               update<BFloat16>,
                                add_squares,
-                               load_float16,
-                               store_float16,
-                               load_bfloat16,
-                               store_bfloat16};
+                               Float16::load,
+                               Float16::store,
+                               BFloat16::load,
+                               BFloat16::store};
 
 }  // namespace mlx_fused::cpu

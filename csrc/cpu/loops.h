@@ -27,6 +27,13 @@ struct Loops {
   void (*update)(Rule rule, const float* h, float learning_rate, float step,
                  float gradient_scale, const float* g, const float* const in[3],
                  float* const out[3], size_t n);
+  // The same where all arrays are float16, or bfloat16.
+  using UpdateHalf = void (*)(Rule rule, const float* h, float learning_rate,
+                              float step, float gradient_scale,
+                              const uint16_t* g, const uint16_t* const in[3],
+                              uint16_t* const out[3], size_t n);
+  UpdateHalf update_float16;
+  UpdateHalf update_bfloat16;
   // Adds the squares of n values to the lanes.
   void (*add_squares)(const float* x, size_t n, float* lanes);
 
