@@ -76,31 +76,6 @@ struct Group {
   Arrays inputs;
 };
 
-// As mx::array::make_arrays, with outputs like the inputs that they replace and
-// without its temporary copies.
-Arrays make_outputs(const Arrays& inputs, const GroupLayout& layout,
-                    std::shared_ptr<mx::Primitive> primitive) {
-  Arrays outputs;
-  outputs.reserve(layout.tensors * layout.outputs_each());
-  for (int i = 0; i < layout.tensors; ++i) {
-    for (int k = 0; k < layout.outputs_each(); ++k) {
-      const auto& like = inputs[layout.input(i, k)];
-      outputs.emplace_back(like.shape(), like.dtype(), primitive, inputs);
-    }
-  }
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    Arrays siblings;
-    siblings.reserve(outputs.size() - 1);
-    for (size_t j = 0; j < outputs.size(); ++j) {
-      if (j != i) {
-        siblings.push_back(outputs[j]);
-      }
-    }
-    outputs[i].set_siblings(std::move(siblings), i);
-  }
-  return outputs;
-}
-
 // Casts and broadcasts a parameter, its states and its gradient (arrays, in
 // this order) as mlx.optimizers' own arithmetic would: a wider gradient widens
 // what it is added to. False if no kernel does the result.
@@ -183,6 +158,12 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     given_tail.push_back(tail.back());
   }
 
+  // MLX computes what is deepest in the graph first, and would compute all
+  // gradients before the first update. So each group waits for the one before
+  // it. They are filled from the tree's end, as gradients become ready.
+  const bool is_chained =
+      std::any_of(gradients.begin(), gradients.end(),
+                  [](const mx::array& g) { return !g.is_available(); });
   const int each = 1 + rule_traits.states;
   Arrays previous = after;
   Arrays new_parameters = parameters;
@@ -193,20 +174,20 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
                              gradient_scale.has_value()};
     const auto& scalars = fused ? tail : given_tail;
     group.inputs.insert(group.inputs.end(), scalars.begin(), scalars.end());
-    if (fused) {
-      group.inputs.insert(group.inputs.end(), previous.begin(), previous.end());
-    }
-    auto outputs =
-        fused ? make_outputs(group.inputs, layout,
-                             std::make_shared<FusedUpdate>(
-                                 stream, rule, hyperparameters, layout))
-              : composed_update(rule, hyperparameters, layout,
-                                stream)(group.inputs);
+    std::vector<mx::Dtype> kept;
     for (int i = 0; i < layout.tensors && keep_dtypes; ++i) {
       for (int k = 0; k < each; ++k) {
-        auto& out = outputs[layout.output(i, k)];
-        out = mx::astype(out, group.inputs[layout.input(i, k)].dtype(), s);
+        kept.push_back(group.inputs[layout.input(i, k)].dtype());
       }
+    }
+    auto outputs = fused ? FusedUpdate::make_outputs(
+                               std::make_shared<FusedUpdate>(
+                                   stream, rule, hyperparameters, layout),
+                               std::move(group.inputs), previous)
+                         : composed_update(rule, hyperparameters, layout,
+                                           stream)(group.inputs);
+    for (size_t i = 0; i < kept.size(); ++i) {
+      outputs[i] = mx::astype(outputs[i], kept[i], s);
     }
     for (int i = 0; i < layout.tensors; ++i) {
       const auto index = group.indices[i];
@@ -215,22 +196,17 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
         new_states[k][index] = std::move(outputs[layout.output(i, 1 + k)]);
       }
     }
-    if (fused) {
+    if (fused && is_chained) {
       previous = {new_parameters[group.indices[0]]};
     }
     group.indices.clear();
     group.inputs.clear();
   };
 
-  // MLX computes what is deepest in the graph first, and would compute all
-  // gradients before the first update. So each group waits for the one before
-  // it. They are filled from the tree's end, as gradients become ready.
   const bool metal = runs_metal(stream);
   const auto large = metal ? large_on_metal : large_on_cpu;
-  const auto is_full = [&](const Group& group) {
-    return group.indices.size() >= (group.is_large
-                                        ? large.group_size
-                                        : max_group_size(rule_traits.states));
+  const auto group_size = [&](bool is_large) -> size_t {
+    return is_large ? large.group_size : max_group_size(rule_traits.states);
   };
   std::vector<Group> groups;
   Arrays arrays;  // of one tensor
@@ -271,9 +247,12 @@ std::pair<Arrays, std::vector<Arrays>> fused_update(
     if (group == groups.end()) {
       group = groups.insert(group, {dtypes, is_large, {}, {}});
     }
+    if (group->indices.empty()) {
+      group->inputs.reserve(group_size(is_large) * arrays.size() + tail.size());
+    }
     group->indices.push_back(i);
     std::move(arrays.begin(), arrays.end(), std::back_inserter(group->inputs));
-    if (is_full(*group)) {
+    if (group->indices.size() == group_size(is_large)) {
       run(*group, /*fused=*/true);
     }
   }

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "composed.h"
+#include "metal/backend.h"
 #include "mlx/allocator.h"
 #include "mlx/transforms.h"
 #include "mlx/utils.h"
@@ -61,13 +62,22 @@ Function restrict_to(const Function& function,
   };
 }
 
+template <typename Index>
 std::vector<mx::array> select(const std::vector<mx::array>& arrays,
-                              const std::vector<int>& indices) {
+                              const std::vector<Index>& indices) {
   std::vector<mx::array> selected;
-  for (int i : indices) {
+  for (const auto i : indices) {
     selected.push_back(arrays[i]);
   }
   return selected;
+}
+
+// Whether a transformation records what is done, or keeps graphs: whether an
+// array that says it is a tracer is taken for one.
+bool is_tracing() {
+  mx::array probe({}, mx::bool_, nullptr, {});
+  probe.set_tracer(true);
+  return probe.is_tracer();
 }
 
 std::vector<mx::array> vjp_of(const Function& function,
@@ -100,8 +110,9 @@ std::pair<std::vector<mx::array>, std::vector<int>> vmap_of(
 
 Placement::Placement(const std::vector<mx::array>& inputs,
                      std::vector<mx::array>& outputs, const GroupLayout& layout,
+                     const std::vector<size_t>* pending,
                      const std::function<void()>& wait)
-    : inputs_(inputs), outputs_(outputs), layout_(layout) {
+    : inputs_(inputs), outputs_(outputs), layout_(layout), pending_(pending) {
   if (wait && shared_bytes(inputs, layout) >= worth_waiting) {
     wait();
   }
@@ -145,7 +156,7 @@ void Placement::undo() {
     auto& out = outputs_[i];
     out.copy_shared_buffer(mx::array(out.shape(), out.dtype(), nullptr, {}));
     if (released_ >> i & 1) {
-      out.inputs() = inputs_;
+      out.inputs() = pending_ ? select(inputs_, *pending_) : inputs_;
     }
   }
 }
@@ -210,6 +221,48 @@ Walk collapse(const mx::array& a) {
   return walk;
 }
 
+std::vector<mx::array> FusedUpdate::make_outputs(
+    std::shared_ptr<FusedUpdate> update, std::vector<mx::array> inputs,
+    const std::vector<mx::array>& after) {
+  // On a GPU the graph must show what a command buffer reads.
+  const bool holds = !runs_metal(update->stream()) && !is_tracing();
+  for (size_t i = 0; i < inputs.size() && holds; ++i) {
+    if (!inputs[i].is_available()) {
+      update->pending_.push_back(i);
+    }
+  }
+  auto graph = holds ? select(inputs, update->pending_) : inputs;
+  graph.insert(graph.end(), after.begin(), after.end());
+  const auto& layout = update->layout_;
+  std::vector<mx::array> outputs;
+  outputs.reserve(layout.tensors * layout.outputs_each());
+  for (int tensor = 0; tensor < layout.tensors; ++tensor) {
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      const auto& like = inputs[layout.input(tensor, k)];
+      outputs.emplace_back(like.shape(), like.dtype(), update, graph);
+    }
+  }
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    std::vector<mx::array> siblings;
+    siblings.reserve(outputs.size() - 1);
+    for (size_t j = 0; j < outputs.size(); ++j) {
+      if (j != i) {
+        siblings.push_back(outputs[j]);
+      }
+    }
+    outputs[i].set_siblings(std::move(siblings), i);
+  }
+  if (holds) {
+    static const mx::array nothing({}, mx::bool_, nullptr, {});
+    for (const size_t i : update->pending_) {
+      inputs[i] = nothing;
+    }
+    update->held_ = std::move(inputs);
+    update->owner_ = outputs[0].id();
+  }
+  return outputs;
+}
+
 std::vector<mx::array> FusedUpdate::vjp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
@@ -235,12 +288,16 @@ std::pair<std::vector<mx::array>, std::vector<int>> FusedUpdate::vmap(
 bool FusedUpdate::is_equivalent(const mx::Primitive& other) const {
   const auto& update = static_cast<const FusedUpdate&>(other);
   return rule_ == update.rule_ && layout_.tensors == update.layout_.tensors &&
-         layout_.scaled == update.layout_.scaled &&
-         hyperparameters_ == update.hyperparameters_;
+         layout_.scaled == update.layout_.scaled && held_.empty() &&
+         update.held_.empty() && hyperparameters_ == update.hyperparameters_;
 }
 
 std::vector<mx::Shape> FusedUpdate::output_shapes(
-    const std::vector<mx::array>& inputs) {
+    const std::vector<mx::array>& graph_inputs) {
+  auto inputs = held_.empty() ? graph_inputs : held_;
+  if (!held_.empty()) {
+    add_pending(inputs, graph_inputs);
+  }
   std::vector<mx::Shape> shapes;
   for (int tensor = 0; tensor < layout_.tensors; ++tensor) {
     for (int k = 0; k < layout_.outputs_each(); ++k) {

@@ -1,7 +1,9 @@
 // The graph nodes: one rule applied to a group of tensors, and the global norm.
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -25,7 +27,7 @@ constexpr int max_group_size(int states) { return states == 2 ? 4 : 6; }
 // Where the arrays of a group stand. Inputs: for each tensor its parameter, its
 // states and its gradient; then learning rate (float32), step (uint64) and, if
 // scaled, the factor that multiplies every gradient (float32), or a negative
-// number: then nothing is changed; then whatever is to be computed before.
+// number: then nothing is changed.
 // Outputs: for each tensor its parameter and states.
 struct GroupLayout {
   int tensors;
@@ -55,6 +57,12 @@ class FusedUpdate : public mx::Primitive {
         hyperparameters_(std::move(hyperparameters)),
         layout_(layout) {}
 
+  // The outputs for these inputs, as mx::array::make_arrays. Whatever is to be
+  // computed before them stands in `after`.
+  static std::vector<mx::array> make_outputs(
+      std::shared_ptr<FusedUpdate> update, std::vector<mx::array> inputs,
+      const std::vector<mx::array>& after);
+
   void eval_cpu(const std::vector<mx::array>& inputs,
                 std::vector<mx::array>& outputs) override;
   void eval_gpu(const std::vector<mx::array>& inputs,
@@ -75,6 +83,24 @@ class FusedUpdate : public mx::Primitive {
   Rule rule_;
   std::vector<double> hyperparameters_;
   GroupLayout layout_;
+  // Completes a copy of held_, or held_ itself, with what the graph has.
+  void add_pending(std::vector<mx::array>& inputs,
+                   const std::vector<mx::array>& graph_inputs) const {
+    for (size_t i = 0; i < pending_.size(); ++i) {
+      inputs[pending_[i]] = graph_inputs[i];
+    }
+  }
+
+  // MLX walks a graph slowly, and each output has a list of inputs of its own.
+  // So unless a transformation is to see them, inputs that were there when the
+  // graph was built stand here alone, and the graph has the others, which stand
+  // at pending_ among all. Those are not held as well: MLX takes long graphs
+  // apart without recursion, but not what a primitive holds.
+  std::vector<mx::array> held_;
+  std::vector<size_t> pending_;
+  // The first of the outputs that held_ is for. mx.compile may have captured
+  // the graph, and evaluates it any number of times for outputs of its own.
+  std::uintptr_t owner_ = 0;
 };
 
 // Global L2 norm of any number of arrays, in float32.
@@ -110,9 +136,11 @@ class GlobalNorm : public mx::Primitive {
 class Placement {
  public:
   // Earlier work that is still under way holds what it reads: wait(), if given,
-  // returns when that is done, and is called when enough depends on it.
+  // returns when that is done, and is called when enough depends on it. The
+  // graph has all of the inputs, or the pending ones.
   Placement(const std::vector<mx::array>& inputs,
             std::vector<mx::array>& outputs, const GroupLayout& layout,
+            const std::vector<size_t>* pending = nullptr,
             const std::function<void()>& wait = nullptr);
   ~Placement();
   Placement(const Placement&) = delete;
@@ -135,6 +163,7 @@ class Placement {
   const std::vector<mx::array>& inputs_;
   std::vector<mx::array>& outputs_;
   GroupLayout layout_;
+  const std::vector<size_t>* pending_;
   uint32_t released_ = 0;  // a bit for each output, as in_place_
   uint32_t in_place_ = 0;
   bool committed_ = false;

@@ -203,6 +203,51 @@ def test_arrays_that_the_caller_holds_keep_their_values(
             np.testing.assert_array_equal(to_numpy(g), y)
 
 
+STEPS_WITHOUT_EVALUATION = """
+import mlx.core as mx
+import mlx_fused_optimizers as optim
+
+mx.set_default_device(mx.cpu)
+optimizer = optim.AdamW(1e-3)
+parameters = gradients = {"w": mx.ones((4,))}
+optimizer.init(parameters)
+mx.eval(parameters, optimizer.state)
+for _ in range(200_000):
+    parameters = optimizer.apply_gradients(gradients, parameters)
+del parameters, optimizer
+print("dropped")
+"""
+
+
+def test_a_long_graph_is_taken_apart_without_recursion() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS_WITHOUT_EVALUATION],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert (done.stdout, done.returncode) == ("dropped\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_state_arrays_change_in_place_unless_somebody_holds_them(
+    backend: str, is_held: bool
+) -> None:
+    parameters = make(mx.float32, {"w": (4, 3)})
+    optimizer = optim.Adam(1e-2)
+    optimizer.init(parameters)
+    state = optimizer.state["w"]
+    before, bits = id(state["m"]), snapshot(optimizer.state)
+    held = state["m"] if is_held else None
+    optimizer.apply_gradients(parameters, parameters)
+    assert (id(state["m"]) == before) is not is_held
+    if held is not None:
+        assert snapshot(held) == {"": bits["w.m"]}
+    np.testing.assert_allclose(
+        to_numpy(state["m"]), 0.1 * to_numpy(parameters["w"]), rtol=1e-6
+    )
+
+
 def test_one_array_in_several_places(backend: str) -> None:
     """Tied parameters, a gradient that is the parameter, moments that are one array."""
     results = []

@@ -106,3 +106,60 @@ def test_a_step_inside_of_compile_grad_and_vmap(backend: str) -> None:
         return mx.compile(lambda w: mx.vmap(mx.grad(f))(w))(batch)
 
     assert_close(nest(mine), nest(theirs))
+
+
+@pytest.mark.parametrize("pending", [False, True], ids=["computed", "pending"])
+@pytest.mark.parametrize("first", ["function", "update"])
+def test_an_update_that_a_function_captures(
+    backend: str, first: str, pending: bool
+) -> None:
+    """mx.compile evaluates the captured graph each time, for arrays of its own."""
+    held = []
+    for module in (optim, stock):
+        optimizer = module.AdamW(1e-2)
+        gradients = {"w": START * 0.5, "b": START - 1}
+        parameters = {"w": START * 2, "b": START * 3}
+        optimizer.init(parameters)
+        if not pending:
+            mx.eval(gradients, parameters, optimizer.state)
+        updated = optimizer.apply_gradients(gradients, parameters)
+        moment = optimizer.state["w"]["m"]
+
+        @mx.compile
+        def function(
+            x: mx.array, updated: Any = updated, moment: mx.array = moment
+        ) -> mx.array:
+            total: mx.array = x + updated["w"] + moment
+            return total
+
+        if first == "update":
+            mx.eval(updated, optimizer.state)
+        results = [function(mx.array(float(i))) for i in range(3)]
+        mx.eval(results)
+        results += [function(mx.array(3.0)), updated["b"], *parameters.values()]
+        results += leaves_of(optimizer.state).values()
+        results.append(mx.grad(lambda x, f=function: f(x).sum())(START))
+        held.append(results)
+    for mine, theirs in zip(*held, strict=True):
+        assert_close(mine, theirs)
+
+
+def test_an_update_evaluated_inside_of_a_transformation(backend: str) -> None:
+    """There MLX keeps graphs, and arrays may be evaluated more than once."""
+    results = []
+    for module in (optim, stock):
+        optimizer = module.Adam(1e-2)
+        parameters = {"w": START * 2}
+        optimizer.init(parameters)
+        mx.eval(parameters, optimizer.state)
+        updated = optimizer.apply_gradients({"w": START + 1}, parameters)
+
+        def function(x: mx.array, updated: Any = updated) -> mx.array:
+            mx.eval(updated)
+            product: mx.array = x * updated["w"]
+            return product.sum()
+
+        results.append([mx.grad(function)(START), mx.grad(function)(START)])
+        results[-1] += [updated["w"], parameters["w"], optimizer.state["w"]["v"]]
+    for mine, theirs in zip(*results, strict=True):
+        assert_close(mine, theirs)

@@ -30,11 +30,11 @@ constexpr size_t large_piece_size = 8 * piece_size;
 // themselves may be gone when the work runs.
 struct View {
   char* data = nullptr;
-  mx::Dtype::Val dtype = mx::Dtype::Val::float32;
-  bool row_contiguous = true;
-  uint8_t itemsize = 0;
   const Walk* walk = nullptr;  // unless row-contiguous
+  mx::Dtype::Val dtype = mx::Dtype::Val::float32;
+  uint8_t itemsize = 0;
 
+  bool row_contiguous() const { return walk == nullptr; }
   char* at(size_t i) const { return data + i * itemsize; }
 };
 
@@ -44,12 +44,10 @@ struct Kept {
   std::list<Walk> walks;
 
   View view(const mx::array& a) {
-    View view{const_cast<char*>(a.data<char>()), a.dtype().val(),
-              a.flags().row_contiguous, static_cast<uint8_t>(a.itemsize())};
-    if (!view.row_contiguous) {
-      view.walk = &walks.emplace_back(collapse(a));
-    }
-    return view;
+    const Walk* walk =
+        a.flags().row_contiguous ? nullptr : &walks.emplace_back(collapse(a));
+    return {const_cast<char*>(a.data<char>()), walk, a.dtype().val(),
+            static_cast<uint8_t>(a.itemsize())};
   }
   // Of an array that nobody else need hold.
   View input(const mx::array& a) {
@@ -92,7 +90,7 @@ void gather(const View& view, size_t start, size_t n, char* out) {
 }
 
 void gather(const View& view, size_t start, size_t n, char* out) {
-  if (view.row_contiguous) {
+  if (view.row_contiguous()) {
     std::memcpy(out, view.at(start), n * view.itemsize);
   } else if (view.itemsize == 4) {
     gather<uint32_t>(view, start, n, out);
@@ -102,8 +100,9 @@ void gather(const View& view, size_t start, size_t n, char* out) {
 }
 
 // Arrays whose elements the loops read and write where they are.
-bool is_direct(const View& view) {
-  return view.dtype == mx::Dtype::Val::float32 && view.row_contiguous;
+bool is_direct(const View& view,
+               mx::Dtype::Val dtype = mx::Dtype::Val::float32) {
+  return view.dtype == dtype && view.row_contiguous();
 }
 
 float* direct(const View& view, size_t start) {
@@ -121,7 +120,7 @@ const float* load(const View& view, size_t start, size_t n, float* buffer) {
   }
   alignas(64) uint16_t gathered[cpu::block_size];
   const auto* half = gathered;
-  if (view.row_contiguous) {
+  if (view.row_contiguous()) {
     half = reinterpret_cast<const uint16_t*>(view.at(start));
   } else {
     gather(view, start, n, reinterpret_cast<char*>(gathered));
@@ -142,6 +141,17 @@ void store(const View& view, size_t start, size_t n, const float* values) {
   } else if (view.dtype == mx::Dtype::Val::bfloat16) {
     cpu::loops().store_bfloat16(values, half, n);
   }
+}
+
+double sum_of_squares(const View& view, size_t start, size_t n) {
+  alignas(64) float buffer[cpu::block_size];
+  float lanes[cpu::sum_lanes] = {};
+  const size_t block = is_direct(view) ? n : cpu::block_size;
+  for (size_t end = start + n; start < end; start += block) {
+    const size_t size = std::min(block, end - start);
+    cpu::loops().add_squares(load(view, start, size, buffer), size, lanes);
+  }
+  return std::accumulate(std::begin(lanes), std::end(lanes), 0.0);
 }
 
 // Elements from which a second thread is worth its while.
@@ -178,6 +188,7 @@ struct UpdateTask {
     View sources[3];  // parameter and states, as they are
     View targets[3];  // as they will be, perhaps in the same memory
     View gradient;    // if the rule reads one
+    size_t size = 0;
   };
 
   Rule rule;
@@ -187,17 +198,21 @@ struct UpdateTask {
   const uint64_t* step = nullptr;
   const float* gradient_scale = nullptr;  // if not 1
   std::vector<Tensor> tensors = {};
-  std::vector<size_t> sizes = {};
   Kept kept = {};
 
   void operator()() const {
+    std::vector<size_t> sizes;
+    for (const auto& tensor : tensors) {
+      sizes.push_back(tensor.size);
+    }
     const size_t total = std::accumulate(sizes.begin(), sizes.end(), size_t{0});
     const size_t size = std::clamp(total / 16 / piece_size * piece_size,
                                    piece_size, large_piece_size);
     const float scale = gradient_scale ? *gradient_scale : 1;
     for_each_piece(sizes, size, [&](size_t, size_t i, size_t start, size_t n) {
       const auto& tensor = tensors[i];
-      const size_t block = needs_no_buffers(tensor) ? n : cpu::block_size;
+      const bool whole = are_direct(tensor, tensor.targets[0].dtype);
+      const size_t block = whole ? n : cpu::block_size;
       for (size_t end = start + n; start < end; start += block) {
         update(tensor, start, std::min(block, end - start), scale);
       }
@@ -205,11 +220,11 @@ struct UpdateTask {
   }
 
  private:
-  bool needs_no_buffers(const Tensor& tensor) const {
-    bool direct = !layout.reads_gradient || is_direct(tensor.gradient);
+  bool are_direct(const Tensor& tensor, mx::Dtype::Val dtype) const {
+    bool direct = !layout.reads_gradient || is_direct(tensor.gradient, dtype);
     for (int k = 0; k < layout.outputs_each(); ++k) {
-      direct = direct && is_direct(tensor.sources[k]) &&
-               is_direct(tensor.targets[k]);
+      direct = direct && is_direct(tensor.sources[k], dtype) &&
+               is_direct(tensor.targets[k], dtype);
     }
     return direct;
   }
@@ -223,6 +238,26 @@ struct UpdateTask {
           gather(tensor.sources[k], start, n, tensor.targets[k].at(start));
         }
       }
+      return;
+    }
+    const auto dtype = tensor.targets[0].dtype;
+    if (dtype != mx::Dtype::Val::float32 && are_direct(tensor, dtype)) {
+      const auto at = [&](const View& view) {
+        return view.data ? reinterpret_cast<uint16_t*>(view.at(start))
+                         : nullptr;
+      };
+      const uint16_t* in[3] = {};
+      uint16_t* out[3] = {};
+      for (int k = 0; k < each; ++k) {
+        in[k] = at(tensor.sources[k]);
+        out[k] = at(tensor.targets[k]);
+      }
+      const auto update_half = dtype == mx::Dtype::Val::float16
+                                   ? cpu::loops().update_float16
+                                   : cpu::loops().update_bfloat16;
+      update_half(rule, hyperparameters.data(), *learning_rate,
+                  static_cast<float>(*step), scale, at(tensor.gradient), in,
+                  out, n);
       return;
     }
     alignas(64) float buffers[4][cpu::block_size];
@@ -246,16 +281,30 @@ struct UpdateTask {
 
 }  // namespace
 
-void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
+void FusedUpdate::eval_cpu(const std::vector<mx::array>& graph_inputs,
                            std::vector<mx::array>& outputs) {
   if (is_placed(outputs)) {
     return;
   }
+  // A graph that is not the owner's, or that is evaluated again, has copies of
+  // what is held: a second owner keeps the memory from being written to.
+  const bool holds = !held_.empty();
+  const bool is_owner =
+      holds && outputs[0].id() == owner_ && !outputs[0].is_tracer();
+  std::vector<mx::array> copies;
+  if (holds && !is_owner) {
+    copies = held_;
+  }
+  auto& all = is_owner ? held_ : copies;
+  if (holds) {
+    add_pending(all, graph_inputs);
+  }
+  const auto& inputs = holds ? all : graph_inputs;
   // With a GPU, this stream may itself wait for work that the GPU gets only
   // when the graph has been walked to its end.
   static const bool can_wait = !mx::is_available(mx::Device(mx::Device::gpu));
   const auto wait = [this] { mx::synchronize(stream()); };
-  Placement placement(inputs, outputs, layout_,
+  Placement placement(inputs, outputs, layout_, holds ? &pending_ : nullptr,
                       can_wait ? std::function<void()>(wait) : nullptr);
 
   UpdateTask task;
@@ -277,7 +326,7 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
     if (layout_.reads_gradient) {
       tensor.gradient = kept.input(inputs[layout_.gradient(i)]);
     }
-    task.sizes.push_back(placement.target(i, 0).size());
+    tensor.size = placement.target(i, 0).size();
   }
   const auto scalar = [&](int index) { return kept.input(inputs[index]).data; };
   task.learning_rate =
@@ -291,6 +340,9 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& inputs,
   // The only dispatch: when it throws, nothing has been done.
   mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
   placement.commit();
+  if (is_owner) {
+    held_.clear();
+  }
   // The task keeps what it reads. MLX would keep all of it a second time.
   for (auto& output : outputs) {
     if (&output.inputs() == &inputs && !output.is_tracer()) {
@@ -312,7 +364,7 @@ void GlobalNorm::eval_cpu(const std::vector<mx::array>& inputs,
   for (size_t i = 0; i + 1 < inputs.size(); ++i) {
     views.push_back(kept.view(inputs[i]));
     sizes.push_back(inputs[i].size());
-    pieces += (inputs[i].size() + piece_size - 1) / piece_size;
+    pieces += (inputs[i].size() + large_piece_size - 1) / large_piece_size;
   }
   mx::cpu::get_command_encoder(stream()).dispatch(
       [kept = std::move(kept), views = std::move(views),
@@ -320,18 +372,11 @@ void GlobalNorm::eval_cpu(const std::vector<mx::array>& inputs,
        norm = outputs[0].data<float>(), factor = outputs[1].data<float>()] {
         std::vector<double> partials(pieces);
         for_each_piece(
-            sizes, piece_size,
+            sizes, large_piece_size,
             [&](size_t piece, size_t tensor, size_t start, size_t n) {
-              alignas(64) float buffer[cpu::block_size];
-              float lanes[cpu::sum_lanes] = {};
-              for (size_t end = start + n; start < end;
-                   start += cpu::block_size) {
-                const size_t block = std::min(cpu::block_size, end - start);
-                cpu::loops().add_squares(
-                    load(views[tensor], start, block, buffer), block, lanes);
-              }
-              for (const float lane : lanes) {
-                partials[piece] += lane;
+              for (size_t end = start + n; start < end; start += piece_size) {
+                partials[piece] += sum_of_squares(
+                    views[tensor], start, std::min(piece_size, end - start));
               }
             });
         double sum = 0;
