@@ -14,14 +14,14 @@ import mlx_fused_optimizers as optim
 
 from . import peers as p
 from .sets import SETS, Shapes, elements
-from .streaming import chip_bandwidth, streaming_loop
+from .streaming import chip_bandwidth, reading_loop, update_loop
 from .timing import interleave
 
 Row = dict[str, Any]
 Unit = Callable[[], Row]
 
-BYTES_ADAM = 28  # a float32 parameter: four arrays read, three written
 LOOP = "streaming loop"
+LONGEST_LOOP = 1 << 26  # elements
 
 
 class Choice(NamedTuple):
@@ -34,16 +34,41 @@ class Choice(NamedTuple):
     gpu: bool
 
 
-def limit(count: int, choice: Choice) -> dict[str, p.Step]:
-    """The streaming loop over so many elements; nothing where the chip is known."""
-    return {} if choice.gpu else {LOOP: streaming_loop(min(count, 1 << 26))}
+def bytes_moved(optimizer: str) -> int:
+    """Bytes a float32 parameter that a step must read and write."""
+    return 4 * (3 + 2 * states_of(optimizer))
 
 
-def bandwidth_of_limit(times: dict[str, float], count: int) -> float | None:
-    """GB/s."""
+def states_of(optimizer: str) -> int:
+    name, options = p.OPTIMIZERS[optimizer]
+    probe = getattr(optim, name)(learning_rate=0.0, **options)
+    state: dict[str, mx.array] = {}
+    probe.init_single(mx.zeros(1), state)
+    return len(state)
+
+
+def limit(optimizer: str, count: int, choice: Choice) -> dict[str, p.Step]:
+    """A loop with the same traffic; nothing where the chip is known."""
+    if choice.gpu:
+        return {}
+    return {LOOP: update_loop(min(count, LONGEST_LOOP), states_of(optimizer))}
+
+
+def bandwidths(
+    optimizer: str, dtype: str, count: int, times: dict[str, float]
+) -> dict[str, float | None]:
+    """What a step reaches, in GB/s, and its share of the limit."""
+    moved = bytes_moved(optimizer)
+    reached = count * moved * p.DTYPES[dtype].size / 4 / times[p.OURS] / 1e9
     if LOOP in times:
-        return min(count, 1 << 26) * BYTES_ADAM / times[LOOP] / 1e9
-    return chip_bandwidth()
+        best: float | None = min(count, LONGEST_LOOP) * moved / times[LOOP] / 1e9
+    else:
+        best = chip_bandwidth()
+    return {
+        "GB/s": round(reached, 2),
+        "limit GB/s": best and round(best, 2),
+        "share": best and round(reached / best, 3),
+    }
 
 
 def in_milliseconds(times: dict[str, float]) -> dict[str, float]:
@@ -52,6 +77,7 @@ def in_milliseconds(times: dict[str, float]) -> dict[str, float]:
 
 # Step times beside peers.
 
+LARGE = 10_000_000  # parameters, from which a step takes what memory takes
 TABLE = [
     ("large", "AdamW"),
     ("decoder", "AdamW"),
@@ -76,17 +102,24 @@ def steps(choice: Choice) -> list[Unit]:
 
 def step_row(name: str, optimizer: str, dtype: str, choice: Choice) -> Row:
     label, shapes = SETS[name]
-    times = interleave(p.peers(optimizer, shapes, dtype), choice.rounds)
+    count = elements(shapes)
+    contenders = p.peers(optimizer, shapes, dtype)
+    if count >= LARGE:
+        contenders |= limit(optimizer, count, choice)
+    times = interleave(contenders, choice.rounds)
+    reached = bandwidths(optimizer, dtype, count, times) if count >= LARGE else {}
+    times.pop(LOOP, None)
     return {
         "set": label,
         "optimizer": optimizer,
         "dtype": dtype,
         "tensors": len(shapes),
-        "parameters": elements(shapes),
+        "parameters": count,
         "milliseconds": in_milliseconds(times),
         "ratio to ours": {
             label: round(t / times[p.OURS], 2) for label, t in times.items()
         },
+        **reached,
     }
 
 
@@ -111,16 +144,12 @@ def bandwidth_row(millions: int, dtype: str, choice: Choice) -> Row:
     gradients = p.tensors(shapes, kind)
     step = p.mlx_step(optim, "AdamW", shapes, kind, gradients)
     rounds = choice.rounds if millions < 100 else max(3, choice.rounds // 3)
-    times = interleave({p.OURS: step, **limit(count, choice)}, rounds)
-    reached = count * BYTES_ADAM * kind.size / 4 / times[p.OURS] / 1e9
-    best = bandwidth_of_limit(times, count)
+    times = interleave({p.OURS: step, **limit("AdamW", count, choice)}, rounds)
     return {
         "parameters": count,
         "dtype": dtype,
         "milliseconds": in_milliseconds(times),
-        "GB/s": round(reached, 1),
-        "limit GB/s": best and round(best, 1),
-        "share": best and round(reached / best, 3),
+        **bandwidths("AdamW", dtype, count, times),
     }
 
 
@@ -186,6 +215,8 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
 
         return run
 
+    count = elements(shapes) * kind.size // 4
+    reading = {} if choice.gpu else {"reading alone": reading_loop(count)}
     times = interleave(
         {
             "clip_grad_norm": clip(optim),
@@ -194,10 +225,11 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
             "AdamW max_grad_norm": p.mlx_step(
                 optim, "AdamW", shapes, kind, gradients, options={"max_grad_norm": 1.0}
             ),
+            **reading,
         },
         choice.rounds,
     )
-    return {
+    row: Row = {
         "dtype": dtype,
         "milliseconds": in_milliseconds(times),
         "MLX / ours": round(times["MLX clip_grad_norm"] / times["clip_grad_norm"], 2),
@@ -205,6 +237,10 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
             times["AdamW max_grad_norm"] / times["AdamW"] - 1, 3
         ),
     }
+    if reading:
+        share = times["reading alone"] / times["AdamW"]
+        row["cost of reading alone"] = round(share, 3)
+    return row
 
 
 # Memory.
@@ -310,22 +346,13 @@ def kernel_row(optimizer: str, dtype: str, size: int, choice: Choice) -> Row:
     shapes: Shapes = [(size,)]
     gradients = p.tensors(shapes, kind)
     step = p.mlx_step(optim, optimizer, shapes, kind, gradients)
-    times = interleave({p.OURS: step, **limit(size, choice)}, choice.rounds)
-    name, options = p.OPTIMIZERS[optimizer]
-    probe = getattr(optim, name)(learning_rate=0.0, **options)
-    state: dict[str, mx.array] = {}
-    probe.init_single(mx.zeros(1), state)
-    # Gradient and parameter are read, the parameter is written, and each state both.
-    moved = size * kind.size * (3 + 2 * len(state))
-    reached = moved / times[p.OURS] / 1e9
-    best = bandwidth_of_limit(times, size)
+    times = interleave({p.OURS: step, **limit(optimizer, size, choice)}, choice.rounds)
     return {
         "rule": optimizer,
         "dtype": dtype,
         "elements": size,
         "microseconds": round(1e6 * times[p.OURS], 1),
-        "GB/s": round(reached, 2),
-        "share": best and round(reached / best, 3),
+        **bandwidths(optimizer, dtype, size, times),
     }
 
 

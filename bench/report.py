@@ -124,7 +124,9 @@ def charts(rows: dict[str, Rows], folder: Path) -> None:
         pyplot.gca().invert_yaxis()
         pyplot.xscale("log")
         pyplot.margins(x=0.15)
-        pyplot.legend(fontsize=8, loc="lower right")
+        pyplot.legend(
+            fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.05), ncols=5
+        )
         save("steps", "Time of a step, relative to ours (log scale; less is better)")
     if found := rows.get("bandwidth"):
         pyplot.figure(figsize=(7, 4))

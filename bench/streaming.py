@@ -1,6 +1,7 @@
-"""What memory gives at most: a plain streaming loop, or a chip's data sheet."""
+"""What memory gives at most: plain streaming loops, or a chip's data sheet."""
 
 import ctypes
+import functools
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,8 @@ def chip_bandwidth() -> float | None:
     return next((gb for chip, gb in CHIPS.items() if name.startswith(chip)), None)
 
 
-def compiled_loop() -> ctypes.CDLL:
+@functools.cache
+def compiled_loops() -> ctypes.CDLL:
     """``streaming.cpp``, compiled for this machine."""
     source = Path(__file__).with_suffix(".cpp")
     with tempfile.TemporaryDirectory() as folder:
@@ -48,15 +50,36 @@ def compiled_loop() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def streaming_loop(elements: int) -> Callable[[], None]:
-    """A loop over float32 arrays of so many elements, 28 bytes each."""
-    library = compiled_loop()
+def update_loop(elements: int, states: int) -> Callable[[], None]:
+    """A loop with the memory traffic of a step with so many states, in float32.
+
+    A parameter, its gradient and its states are read, and all but the gradient are
+    written: ``4 * (3 + 2 * states)`` bytes an element.
+    """
+    library = compiled_loops()
     threads = _ext.num_threads()
-    arrays = [np.full(elements, 1e-3, np.float32) for _ in range(4)]
+    arrays = [np.full(elements, 1e-3, np.float32) for _ in range(2 + states)]
     pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in arrays]
+    unused = [ctypes.c_void_p()] * (2 - states)
 
     def run() -> None:
         assert len(arrays) == len(pointers)  # whose memory they point to
-        library.stream_all(*pointers, ctypes.c_size_t(elements), threads)
+        library.stream_update(
+            *pointers, *unused, ctypes.c_size_t(elements), threads, states
+        )
+
+    return run
+
+
+def reading_loop(elements: int) -> Callable[[], None]:
+    """A loop that reads so many float32 elements."""
+    library = compiled_loops()
+    threads = _ext.num_threads()
+    array = np.full(elements, 1e-3, np.float32)
+    pointer = array.ctypes.data_as(ctypes.c_void_p)
+
+    def run() -> None:
+        assert array.size == elements  # whose memory is read
+        library.stream_read(pointer, ctypes.c_size_t(elements), threads)
 
     return run

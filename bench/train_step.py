@@ -1,9 +1,9 @@
 """A whole training step of a small GPT, with ours and with mlx.optimizers.
 
-``python -m bench.train_step [--text FILE]`` trains both models on the characters of a
-text, a step of each in turn, and prints tokens a second, peak memory and losses. The
-default text is the United States Declaration of Independence, in the public domain.
-Writes ``train_step.json`` to bench/results.
+``python -m bench.train_step [--text FILE]`` trains a model with each on the characters
+of a text, eager and under ``mx.compile``, a step of each in turn, and prints tokens a
+second, peak memory and losses. The default text is the United States Declaration of
+Independence, in the public domain. Writes ``train_step.json`` to bench/results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import mlx_fused_optimizers as optim
 import numpy as np
 from tqdm import tqdm
 
-from . import report
+from . import peers, report
 
 TEXT = Path(__file__).parent / "text" / "declaration_of_independence.txt"
 
@@ -56,7 +56,9 @@ def loss_of(model: GPT, tokens: mx.array) -> mx.array:
 class Run:
     """A model that is trained with one library's optimizer."""
 
-    def __init__(self, module: Any, options: argparse.Namespace, vocabulary: int):
+    def __init__(
+        self, module: Any, compiled: bool, options: argparse.Namespace, vocabulary: int
+    ) -> None:
         mx.random.seed(0)
         self.model = GPT(vocabulary, options.context, options.width, options.layers)
         self.optimizer = getattr(module, options.optimizer)(learning_rate=1e-3)
@@ -65,7 +67,7 @@ class Run:
         mx.eval(self.state)
         self.loss_and_grad = nn.value_and_grad(self.model, loss_of)
         self.train = self.step
-        if options.compile:
+        if compiled:
             self.train = mx.compile(self.step, inputs=self.state, outputs=self.state)
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -103,7 +105,6 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--compile", action="store_true", help="mx.compile the step")
     parser.add_argument("--device", choices=["cpu", "gpu"])
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results"
@@ -118,8 +119,13 @@ def main() -> int:
     encoded = np.array([alphabet.index(character) for character in text])
     rng = np.random.default_rng(0)
     runs = {
-        name: Run(module, options, len(alphabet))
-        for name, module in (("ours", optim), ("MLX", stock))
+        label: Run(module, compiled, options, len(alphabet))
+        for label, module, compiled in (
+            (peers.OURS, optim, False),
+            (peers.STOCK, stock, False),
+            (peers.OURS_COMPILED, optim, True),
+            (peers.STOCK_COMPILED, stock, True),
+        )
     }
     warm_up = 3
     for i in tqdm(range(-warm_up, options.steps), unit="step", disable=None):
