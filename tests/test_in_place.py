@@ -203,6 +203,28 @@ def test_arrays_that_the_caller_holds_keep_their_values(
             np.testing.assert_array_equal(to_numpy(g), y)
 
 
+def test_an_update_that_nobody_wants_keeps_its_memory_until_it_is_done() -> None:
+    """Updates wait for one another; nothing reads the one that came before."""
+    mx.set_default_device(mx.cpu)
+    shape = (1 << 16,)
+    ones = np.ones(shape, np.float32)
+    for _ in range(5):
+        slow = mx.zeros((256, 256))
+        for _ in range(20):
+            slow = slow @ slow
+        parameters = {key: mx.array(ones) for key in "abc"}
+        gradients = {key: mx.array(ones) + slow[0, 0] for key in "abc"}
+        optimizer = optim.SGD(0.5)
+        wanted = optimizer.apply_gradients(gradients, parameters)["a"]
+        del parameters, gradients
+        mx.async_eval(wanted)
+        others = [mx.array(ones) for _ in range(16)]  # in memory that came free
+        mx.eval(wanted)
+        assert mx.all(wanted == 0.5).item()
+        for other in others:
+            np.testing.assert_array_equal(to_numpy(other), ones)
+
+
 STEPS_WITHOUT_EVALUATION = """
 import mlx.core as mx
 import mlx_fused_optimizers as optim

@@ -50,7 +50,7 @@ struct Kept {
             static_cast<uint8_t>(a.itemsize())};
   }
   // Of an array that nobody else need hold.
-  View input(const mx::array& a) {
+  View held(const mx::array& a) {
     data.push_back(a.data_shared_ptr());
     return view(a);
   }
@@ -313,22 +313,24 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& graph_inputs,
   std::copy(hyperparameters_.begin(), hyperparameters_.end(),
             task.hyperparameters.begin());
   auto& kept = task.kept;
-  kept.data.reserve(inputs.size());
+  kept.data.reserve(outputs.size() + inputs.size());
   task.tensors.resize(layout_.tensors);
   for (int i = 0; i < layout_.tensors; ++i) {
     auto& tensor = task.tensors[i];
     for (int k = 0; k < layout_.outputs_each(); ++k) {
-      tensor.targets[k] = kept.view(placement.target(i, k));
+      // MLX holds an output for whoever reads it: not for an update that only
+      // waits for this one.
+      tensor.targets[k] = kept.held(placement.target(i, k));
       tensor.sources[k] = placement.in_place(i, k)
                               ? tensor.targets[k]
-                              : kept.input(inputs[layout_.input(i, k)]);
+                              : kept.held(inputs[layout_.input(i, k)]);
     }
     if (layout_.reads_gradient) {
-      tensor.gradient = kept.input(inputs[layout_.gradient(i)]);
+      tensor.gradient = kept.held(inputs[layout_.gradient(i)]);
     }
     tensor.size = placement.target(i, 0).size();
   }
-  const auto scalar = [&](int index) { return kept.input(inputs[index]).data; };
+  const auto scalar = [&](int index) { return kept.held(inputs[index]).data; };
   task.learning_rate =
       reinterpret_cast<const float*>(scalar(layout_.learning_rate()));
   task.step = reinterpret_cast<const uint64_t*>(scalar(layout_.step()));
