@@ -1,8 +1,9 @@
 """What a step costs beside its peers: ``python -m bench --help``.
 
 Writes ``bench.json``, ``bench.md`` and charts to bench/results. Times are medians of
-rounds in which all peers take turns in one process. The peers are mlx.optimizers, the
-same under mx.compile, and torch's fused optimizers where torch is installed.
+rounds in which all peers take turns in one process, and ratios the medians of the
+rounds' ratios. The peers are mlx.optimizers, the same under mx.compile, and torch's
+fused optimizers where torch is installed.
 """
 
 import argparse

@@ -14,14 +14,13 @@ import mlx_fused_optimizers as optim
 
 from . import peers as p
 from .sets import SETS, Shapes, elements
-from .streaming import chip_bandwidth, reading_loop, update_loop
-from .timing import interleave
+from .streaming import LONGEST, chip_bandwidth, reading_loop, update_loop
+from .timing import Times, interleave
 
 Row = dict[str, Any]
 Unit = Callable[[], Row]
 
 LOOP = "streaming loop"
-LONGEST_LOOP = 1 << 26  # elements
 
 
 class Choice(NamedTuple):
@@ -51,28 +50,30 @@ def limit(optimizer: str, count: int, choice: Choice) -> dict[str, p.Step]:
     """A loop with the same traffic; nothing where the chip is known."""
     if choice.gpu:
         return {}
-    return {LOOP: update_loop(min(count, LONGEST_LOOP), states_of(optimizer))}
+    return {LOOP: update_loop(min(count, LONGEST), states_of(optimizer))}
 
 
 def bandwidths(
-    optimizer: str, dtype: str, count: int, times: dict[str, float]
+    optimizer: str, dtype: str, count: int, times: Times
 ) -> dict[str, float | None]:
     """What a step reaches, in GB/s, and its share of the limit."""
-    moved = bytes_moved(optimizer)
-    reached = count * moved * p.DTYPES[dtype].size / 4 / times[p.OURS] / 1e9
-    if LOOP in times:
-        best: float | None = min(count, LONGEST_LOOP) * moved / times[LOOP] / 1e9
-    else:
-        best = chip_bandwidth()
+    moved = count * bytes_moved(optimizer) * p.DTYPES[dtype].size / 4
+    reached = moved / times.median(p.OURS) / 1e9
+    best = chip_bandwidth()
+    share = best and reached / best
+    if LOOP in times.rounds:
+        in_loop = min(count, LONGEST) * bytes_moved(optimizer)
+        best = in_loop / times.median(LOOP) / 1e9
+        share = times.ratio(LOOP, p.OURS) * moved / in_loop
     return {
         "GB/s": round(reached, 2),
         "limit GB/s": best and round(best, 2),
-        "share": best and round(reached / best, 3),
+        "share": share and round(share, 3),
     }
 
 
-def in_milliseconds(times: dict[str, float]) -> dict[str, float]:
-    return {label: round(1e3 * t, 4) for label, t in times.items()}
+def in_milliseconds(times: Times) -> dict[str, float]:
+    return {label: round(1e3 * times.median(label), 4) for label in times.rounds}
 
 
 # Step times beside peers.
@@ -103,12 +104,10 @@ def steps(choice: Choice) -> list[Unit]:
 def step_row(name: str, optimizer: str, dtype: str, choice: Choice) -> Row:
     label, shapes = SETS[name]
     count = elements(shapes)
-    contenders = p.peers(optimizer, shapes, dtype)
-    if count >= LARGE:
-        contenders |= limit(optimizer, count, choice)
-    times = interleave(contenders, choice.rounds)
+    loop = limit(optimizer, count, choice) if count >= LARGE else {}
+    times = interleave(p.peers(optimizer, shapes, dtype) | loop, choice.rounds)
     reached = bandwidths(optimizer, dtype, count, times) if count >= LARGE else {}
-    times.pop(LOOP, None)
+    times.rounds.pop(LOOP, None)
     return {
         "set": label,
         "optimizer": optimizer,
@@ -117,7 +116,7 @@ def step_row(name: str, optimizer: str, dtype: str, choice: Choice) -> Row:
         "parameters": count,
         "milliseconds": in_milliseconds(times),
         "ratio to ours": {
-            label: round(t / times[p.OURS], 2) for label, t in times.items()
+            label: round(times.ratio(label, p.OURS), 2) for label in times.rounds
         },
         **reached,
     }
@@ -176,7 +175,7 @@ def growth_row(count: int, choice: Choice) -> Row:
     return {
         "tensors": count,
         "microseconds a tensor": {
-            label: round(1e6 * t / count, 2) for label, t in times.items()
+            label: round(1e6 * times.median(label) / count, 2) for label in steps
         },
         "MLX's own cost": graph_cost(count, choice.rounds),
     }
@@ -194,7 +193,8 @@ def graph_cost(count: int, rounds: int) -> float:
     def split() -> None:
         mx.eval([mx.split(a, 3) for a in arrays])
 
-    return round(1e6 * interleave({"split": split}, rounds)["split"] / count, 2)
+    times = interleave({"split": split}, rounds)
+    return round(1e6 * times.median("split") / count, 2)
 
 
 # Clipping by global norm.
@@ -232,13 +232,13 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
     row: Row = {
         "dtype": dtype,
         "milliseconds": in_milliseconds(times),
-        "MLX / ours": round(times["MLX clip_grad_norm"] / times["clip_grad_norm"], 2),
+        "MLX / ours": round(times.ratio("MLX clip_grad_norm", "clip_grad_norm"), 2),
         "cost of max_grad_norm": round(
-            times["AdamW max_grad_norm"] / times["AdamW"] - 1, 3
+            times.ratio("AdamW max_grad_norm", "AdamW") - 1, 3
         ),
     }
     if reading:
-        share = times["reading alone"] / times["AdamW"]
+        share = times.ratio("reading alone", "AdamW")
         row["cost of reading alone"] = round(share, 3)
     return row
 
@@ -351,7 +351,7 @@ def kernel_row(optimizer: str, dtype: str, size: int, choice: Choice) -> Row:
         "rule": optimizer,
         "dtype": dtype,
         "elements": size,
-        "microseconds": round(1e6 * times[p.OURS], 1),
+        "microseconds": round(1e6 * times.median(p.OURS), 1),
         **bandwidths(optimizer, dtype, size, times),
     }
 

@@ -13,7 +13,6 @@ import mlx.core as mx
 from mlx_fused_optimizers import __version__, _ext
 
 from . import peers
-from .peers import OURS
 
 Rows = list[dict[str, Any]]
 
@@ -109,7 +108,7 @@ def charts(rows: dict[str, Rows], folder: Path) -> None:
         for i, row in enumerate(found):
             times = row["milliseconds"]
             for j, (label, time) in enumerate(times.items()):
-                ratio = time / times[OURS]
+                ratio = row["ratio to ours"][label]
                 place = i + (j - 2) * 0.16
                 pyplot.barh(
                     place,

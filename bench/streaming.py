@@ -50,36 +50,40 @@ def compiled_loops() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
+LONGEST = 1 << 26  # elements
+
+
+@functools.cache
+def memory() -> list[np.ndarray[tuple[int], np.dtype[np.float32]]]:
+    """Four arrays for all loops: what is allocated late may lie in small pages."""
+    return [np.full(LONGEST, 1e-3, np.float32) for _ in range(4)]
+
+
 def update_loop(elements: int, states: int) -> Callable[[], None]:
     """A loop with the memory traffic of a step with so many states, in float32.
 
-    A parameter, its gradient and its states are read, and all but the gradient are
-    written: ``4 * (3 + 2 * states)`` bytes an element.
+    At most ``LONGEST`` elements. A parameter, its gradient and its states are read, and
+    all but the gradient are written: ``4 * (3 + 2 * states)`` bytes an element.
     """
     library = compiled_loops()
     threads = _ext.num_threads()
-    arrays = [np.full(elements, 1e-3, np.float32) for _ in range(2 + states)]
-    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in arrays]
-    unused = [ctypes.c_void_p()] * (2 - states)
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in memory()]
 
     def run() -> None:
-        assert len(arrays) == len(pointers)  # whose memory they point to
-        library.stream_update(
-            *pointers, *unused, ctypes.c_size_t(elements), threads, states
-        )
+        library.stream_update(*pointers, ctypes.c_size_t(elements), threads, states)
 
     return run
 
 
 def reading_loop(elements: int) -> Callable[[], None]:
-    """A loop that reads so many float32 elements."""
+    """A loop that reads so many float32 elements, of at most four times ``LONGEST``."""
     library = compiled_loops()
     threads = _ext.num_threads()
-    array = np.full(elements, 1e-3, np.float32)
-    pointer = array.ctypes.data_as(ctypes.c_void_p)
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in memory()]
 
     def run() -> None:
-        assert array.size == elements  # whose memory is read
-        library.stream_read(pointer, ctypes.c_size_t(elements), threads)
+        for i, pointer in enumerate(pointers):
+            part = min(max(elements - i * LONGEST, 0), LONGEST)
+            library.stream_read(pointer, ctypes.c_size_t(part), threads)
 
     return run

@@ -629,6 +629,6 @@ def test_permissions_and_links(tmp_path: Path) -> None:
     for folder in (tmp_path, Path(os.devnull)):
         with pytest.raises(OSError, match="not a regular file"):
             optim.save(folder, *target(1.0))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="missing is not a directory"):
         optim.save(tmp_path / "missing" / "file", *target(1.0))
     assert sorted(os.listdir(tmp_path)) == ["file", "link"]

@@ -454,6 +454,10 @@ def _write(path: Path, arrays: Arrays, configuration: Any) -> None:
     path = Path(os.path.realpath(path))  # renaming would replace a symbolic link
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{path} cannot be written: {path.parent} is not a directory"
+        )
     temporary = path.with_name(f".checkpoint-{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
