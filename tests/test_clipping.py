@@ -52,7 +52,7 @@ def test_clips_as_mlx_does(
     )
     assert abs(float(norm) - exact) <= abs(float(stock_norm) - exact) + 1e-5 * exact
     # Stock sums float32 in one chain, and scales bfloat16 by a bfloat16 norm.
-    tolerance = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 5e-2}[dtype]
+    tolerance = {mx.float32: 5e-5, mx.float16: 2e-3, mx.bfloat16: 5e-2}[dtype]
     assert_trees_match(clipped, expected, tolerance, 1e-7)
     if exact > max_norm:
         assert norm_of(clipped) <= max_norm * (1 + tolerance)
