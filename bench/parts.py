@@ -59,12 +59,13 @@ def bandwidths(
     """What a step reaches, in GB/s, and its share of the limit."""
     moved = count * bytes_moved(optimizer) * p.DTYPES[dtype].size / 4
     reached = moved / times.median(p.OURS) / 1e9
-    best = chip_bandwidth()
-    share = best and reached / best
     if LOOP in times.rounds:
         in_loop = min(count, LONGEST) * bytes_moved(optimizer)
-        best = in_loop / times.median(LOOP) / 1e9
-        share = times.ratio(LOOP, p.OURS) * moved / in_loop
+        best: float | None = in_loop / times.median(LOOP) / 1e9
+        share: float | None = times.ratio(LOOP, p.OURS) * moved / in_loop
+    else:
+        best = chip_bandwidth()
+        share = best and reached / best
     return {
         "GB/s": round(reached, 2),
         "limit GB/s": best and round(best, 2),

@@ -82,8 +82,9 @@ def reading_loop(elements: int) -> Callable[[], None]:
     pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in memory()]
 
     def run() -> None:
-        for i, pointer in enumerate(pointers):
-            part = min(max(elements - i * LONGEST, 0), LONGEST)
+        starts = range(0, elements, LONGEST)
+        for pointer, start in zip(pointers, starts, strict=False):
+            part = min(elements - start, LONGEST)
             library.stream_read(pointer, ctypes.c_size_t(part), threads)
 
     return run
