@@ -211,10 +211,22 @@ struct UpdateTask {
     const float scale = gradient_scale ? *gradient_scale : 1;
     for_each_piece(sizes, size, [&](size_t, size_t i, size_t start, size_t n) {
       const auto& tensor = tensors[i];
-      const bool whole = are_direct(tensor, tensor.targets[0].dtype);
-      const size_t block = whole ? n : cpu::block_size;
-      for (size_t end = start + n; start < end; start += block) {
-        update(tensor, start, std::min(block, end - start), scale);
+      const auto dtype = tensor.targets[0].dtype;
+      const auto& loops = cpu::loops();
+      if (scale < 0) {  // nothing is to change
+        keep(tensor, start, n);
+      } else if (!are_direct(tensor, dtype)) {
+        for (size_t end = start + n; start < end; start += cpu::block_size) {
+          update_block(tensor, start, std::min(cpu::block_size, end - start),
+                       scale);
+        }
+      } else if (dtype == mx::Dtype::Val::float32) {
+        update_direct<float>(loops.update, tensor, start, n, scale);
+      } else {
+        update_direct<uint16_t>(dtype == mx::Dtype::Val::float16
+                                    ? loops.update_float16
+                                    : loops.update_bfloat16,
+                                tensor, start, n, scale);
       }
     });
   }
@@ -229,37 +241,33 @@ struct UpdateTask {
     return direct;
   }
 
-  void update(const Tensor& tensor, size_t start, size_t n, float scale) const {
+  void keep(const Tensor& tensor, size_t start, size_t n) const {
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      if (tensor.sources[k].data != tensor.targets[k].data) {
+        gather(tensor.sources[k], start, n, tensor.targets[k].at(start));
+      }
+    }
+  }
+
+  // Where all arrays are contiguous and of one dtype.
+  template <typename T>
+  void update_direct(cpu::Update<T> loop, const Tensor& tensor, size_t start,
+                     size_t n, float scale) const {
+    const T* in[3] = {};
+    T* out[3] = {};
+    for (int k = 0; k < layout.outputs_each(); ++k) {
+      in[k] = reinterpret_cast<const T*>(tensor.sources[k].at(start));
+      out[k] = reinterpret_cast<T*>(tensor.targets[k].at(start));
+    }
+    loop(rule, hyperparameters.data(), *learning_rate,
+         static_cast<float>(*step), scale,
+         reinterpret_cast<const T*>(tensor.gradient.at(start)), in, out, n);
+  }
+
+  // At most block_size elements, as float32.
+  void update_block(const Tensor& tensor, size_t start, size_t n,
+                    float scale) const {
     const int each = layout.outputs_each();
-    // A negative scale says that nothing is to change.
-    if (scale < 0) {
-      for (int k = 0; k < each; ++k) {
-        if (tensor.sources[k].data != tensor.targets[k].data) {
-          gather(tensor.sources[k], start, n, tensor.targets[k].at(start));
-        }
-      }
-      return;
-    }
-    const auto dtype = tensor.targets[0].dtype;
-    if (dtype != mx::Dtype::Val::float32 && are_direct(tensor, dtype)) {
-      const auto at = [&](const View& view) {
-        return view.data ? reinterpret_cast<uint16_t*>(view.at(start))
-                         : nullptr;
-      };
-      const uint16_t* in[3] = {};
-      uint16_t* out[3] = {};
-      for (int k = 0; k < each; ++k) {
-        in[k] = at(tensor.sources[k]);
-        out[k] = at(tensor.targets[k]);
-      }
-      const auto update_half = dtype == mx::Dtype::Val::float16
-                                   ? cpu::loops().update_float16
-                                   : cpu::loops().update_bfloat16;
-      update_half(rule, hyperparameters.data(), *learning_rate,
-                  static_cast<float>(*step), scale, at(tensor.gradient), in,
-                  out, n);
-      return;
-    }
     alignas(64) float buffers[4][cpu::block_size];
     const float* in[3] = {};
     float* out[3] = {};

@@ -89,116 +89,122 @@ struct Float32 {
   }
 };
 
-struct BFloat16 {
+// As many elements as a vector register has float32 of.
+#if defined(__AVX512F__)
+constexpr size_t vector_size = 16;
+using Floats = __m512;
+using Halves = __m256i;
+
+Floats load_floats(const float* in) { return _mm512_loadu_ps(in); }
+void store_floats(Floats values, float* out) { _mm512_storeu_ps(out, values); }
+Halves load_halves(const uint16_t* in) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+}
+void store_halves(Halves values, uint16_t* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), values);
+}
+#elif defined(__AVX2__)
+constexpr size_t vector_size = 8;
+using Floats = __m256;
+using Halves = __m128i;
+
+Floats load_floats(const float* in) { return _mm256_loadu_ps(in); }
+void store_floats(Floats values, float* out) { _mm256_storeu_ps(out, values); }
+Halves load_halves(const uint16_t* in) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+}
+void store_halves(Halves values, uint16_t* out) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), values);
+}
+#endif
+
+// The loops over 16 bits of the kind whose conversions K has.
+template <typename K>
+struct Half {
   using Type = uint16_t;
   static void load(const uint16_t* in, float* out, size_t n) {
     size_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16) {
-      const auto half =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
-      _mm512_storeu_si512(out + i,
-                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    }
-#elif defined(__AVX2__)
-    for (; i + 8 <= n; i += 8) {
-      const auto half =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                          _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+#if defined(__AVX2__)
+    for (; i + vector_size <= n; i += vector_size) {
+      store_floats(K::widen(load_halves(in + i)), out + i);
     }
 #endif
     for (; i < n; ++i) {
-      out[i] = from_bfloat16(in[i]);
+      out[i] = K::widen(in[i]);
     }
   }
   static void store(const float* in, uint16_t* out, size_t n) {
     size_t i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16) {
-      const auto value = _mm512_loadu_ps(in + i);
-      const auto bits = _mm512_castps_si512(value);
-      const auto upper = _mm512_srli_epi32(bits, 16);
-      const auto odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-      const auto half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-      const auto rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-      const auto quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-      const auto is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i*>(out + i),
-          _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet)));
-    }
-#elif defined(__AVX2__)
-    for (; i + 8 <= n; i += 8) {
-      const auto value = _mm256_loadu_ps(in + i);
-      const auto bits = _mm256_castps_si256(value);
-      const auto upper = _mm256_srli_epi32(bits, 16);
-      const auto odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
-      const auto half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
-      const auto rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
-      const auto quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
-      const auto is_nan =
-          _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-      const auto result = _mm256_blendv_epi8(rounded, quiet, is_nan);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
-                       _mm_packus_epi32(_mm256_castsi256_si128(result),
-                                        _mm256_extracti128_si256(result, 1)));
+#if defined(__AVX2__)
+    for (; i + vector_size <= n; i += vector_size) {
+      store_halves(K::round(load_floats(in + i)), out + i);
     }
 #endif
     for (; i < n; ++i) {
-      out[i] = to_bfloat16(in[i]);
+      out[i] = K::round(in[i]);
     }
   }
 };
 
-struct Float16 {
-  using Type = uint16_t;
-  static void load(const uint16_t* in, float* out, size_t n) {
-    size_t i = 0;
+struct BFloat16 : Half<BFloat16> {
+  static float widen(uint16_t half) { return from_bfloat16(half); }
+  static uint16_t round(float value) { return to_bfloat16(value); }
 #if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16) {
-      const auto half =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i));
-      _mm512_storeu_ps(out + i, _mm512_cvtph_ps(half));
-    }
-#elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-      const auto half =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
-      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(half));
-    }
-#endif
-    for (; i < n; ++i) {
-      out[i] = from_float16(in[i]);
-    }
+  static Floats widen(Halves half) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
-  static void store(const float* in, uint16_t* out, size_t n) {
-    size_t i = 0;
+  static Halves round(Floats value) {
+    const auto bits = _mm512_castps_si512(value);
+    const auto upper = _mm512_srli_epi32(bits, 16);
+    const auto odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    const auto half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+    const auto rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const auto quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+    const auto is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet));
+  }
+#elif defined(__AVX2__)
+  static Floats widen(Halves half) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static Halves round(Floats value) {
+    const auto bits = _mm256_castps_si256(value);
+    const auto upper = _mm256_srli_epi32(bits, 16);
+    const auto odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    const auto half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
+    const auto rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const auto quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    const auto is_nan =
+        _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    const auto result = _mm256_blendv_epi8(rounded, quiet, is_nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(result),
+                            _mm256_extracti128_si256(result, 1));
+  }
+#endif
+};
+
+struct Float16 : Half<Float16> {
+  static float widen(uint16_t half) { return from_float16(half); }
+  static uint16_t round(float value) { return to_float16(value); }
 #if defined(__AVX512F__)
-    for (; i + 16 <= n; i += 16) {
-      const auto half =
-          _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), half);
-    }
-#elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8) {
-      const auto half =
-          _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), half);
-    }
-#endif
-    for (; i < n; ++i) {
-      out[i] = to_float16(in[i]);
-    }
+  static Floats widen(Halves half) { return _mm512_cvtph_ps(half); }
+  static Halves round(Floats value) {
+    return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
   }
+#elif defined(__AVX2__)  // a set that has F16C, too: see dispatch.cpp
+  static Floats widen(Halves half) { return _mm256_cvtph_ps(half); }
+  static Halves round(Floats value) {
+    return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+  }
+#endif
 };
 
 // Elements that are loaded, updated and stored at a time: one vector, so that
 // they stay in registers; or more, for the compiler to make vectors of.
-#if defined(__AVX512F__)
-constexpr size_t tile_size = 16;
-#elif defined(__AVX2__)
-constexpr size_t tile_size = 8;
+#if defined(__AVX2__)
+constexpr size_t tile_size = vector_size;
 #else
 constexpr size_t tile_size = 64;
 #endif

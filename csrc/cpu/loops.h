@@ -17,23 +17,21 @@ constexpr size_t block_size = 512;
 // same order.
 constexpr size_t sum_lanes = 32;
 
+// Updates n parameters with gradients g, which is null for a rule that reads
+// none. in and out are the parameters and the states, as many as the rule has;
+// each is read from in and written to out, perhaps the same memory. h points to
+// the rule's hyper-parameters.
+template <typename T>
+using Update = void (*)(Rule rule, const float* h, float learning_rate,
+                        float step, float gradient_scale, const T* g,
+                        const T* const in[3], T* const out[3], size_t n);
+
 struct Loops {
   const char* name;  // of the instruction set
 
-  // Updates n parameters with gradients g, which is null for a rule that reads
-  // none. in and out are the parameters and the states, as many as the rule
-  // has; each is read from in and written to out, perhaps the same memory. h
-  // points to the rule's hyper-parameters.
-  void (*update)(Rule rule, const float* h, float learning_rate, float step,
-                 float gradient_scale, const float* g, const float* const in[3],
-                 float* const out[3], size_t n);
-  // The same where all arrays are float16, or bfloat16.
-  using UpdateHalf = void (*)(Rule rule, const float* h, float learning_rate,
-                              float step, float gradient_scale,
-                              const uint16_t* g, const uint16_t* const in[3],
-                              uint16_t* const out[3], size_t n);
-  UpdateHalf update_float16;
-  UpdateHalf update_bfloat16;
+  Update<float> update;
+  Update<uint16_t> update_float16;
+  Update<uint16_t> update_bfloat16;
   // Adds the squares of n values to the lanes.
   void (*add_squares)(const float* x, size_t n, float* lanes);
 
