@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 from mlx.utils import tree_flatten
+from mlx_fused_optimizers import _ext
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,7 @@ CASES = [
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 # Primitives that the simulator counts.
-OURS = {"FusedUpdate", "GlobalNorm"}
+OURS = ("FusedUpdate", "SumsOfSquares")
 # Primitives that only look at memory in another way.
 VIEWS = {"Broadcast", "Reshape", "Transpose", "Squeeze", "ExpandDims", "StopGradient"}
 
@@ -132,16 +133,11 @@ def graph(outputs: list[mx.array], names: dict[str, mx.array]) -> list[Node]:
 def updated_inputs(node: Node) -> list[str]:
     """The input that each output of a FusedUpdate is the new value of.
 
-    Inputs are, for each tensor, its parameter, states and gradient; then two or three
-    scalars, and perhaps an array that is computed first. Outputs are, for each tensor,
-    its parameter and states.
+    Inputs are, for each tensor, the slots of its rule; outputs, those that it writes.
     """
-    for each in (1, 2, 3):
-        tensors, rest = divmod(len(node.outputs), each)
-        if rest == 0 and len(node.inputs) - tensors * (each + 1) in (2, 3, 4):
-            starts = range(0, tensors * (each + 1), each + 1)
-            return [label for i in starts for label in node.inputs[i : i + each]]
-    raise ValueError(f"FusedUpdate with {len(node.inputs)} inputs is not understood")
+    slots, written = _ext.written_slots(node.name.split()[1])
+    tensors = len(node.outputs) // len(written)
+    return [node.inputs[i * slots + slot] for i in range(tensors) for slot in written]
 
 
 def graph_cost(before: list[mx.array], after: list[mx.array]) -> tuple[int, int]:
@@ -155,13 +151,13 @@ def graph_cost(before: list[mx.array], after: list[mx.array]) -> tuple[int, int]
         if node.name in VIEWS:
             sizes[node.outputs[0]] = read
             continue
-        if node.name == "FusedUpdate":
+        if node.name.startswith("FusedUpdate"):
             for label, like in zip(node.outputs, updated_inputs(node), strict=True):
                 sizes.setdefault(label, sizes[like])
         largest = 1 if node.name == "Reduce" else max(sizes[i] for i in node.inputs)
         for label in node.outputs:
             sizes.setdefault(label, largest)
-        if node.name not in OURS:
+        if not node.name.startswith(OURS):
             launches += 1
             moved += read + sum(sizes[label] for label in node.outputs)
     return moved, launches

@@ -6,52 +6,36 @@
 #include <tuple>
 #include <vector>
 
-#include "composed.h"
+#include "graph/composed.h"
+#include "graph/fused_update.h"
+#include "graph/sums_of_squares.h"
 #include "metal/backend.h"
 #include "mlx/ops.h"
 #include "mlx/random.h"
 #include "mlx/transforms.h"
-#include "primitives.h"
+#include "plan.h"
 
 namespace mlx_fused {
 
 namespace {
 
-using Arrays = std::vector<mx::array>;
-
 // Sizes that meet each path: a lone element, a tail, vectors, several tiles.
 const std::vector<mx::Shape> check_shapes = {{1},    {7},    {64, 3},
                                              {9001}, {5, 4}, {33}};
-// Tensors of the norm's check: as many as one of its launches takes.
-constexpr size_t check_norm_count = 24;
+// Arrays of the check of sums: as many as one of its launches takes.
+constexpr size_t check_sums_count = 24;
 
-std::vector<double> check_hyperparameters(Rule rule) {
-  switch (rule) {
-    case Rule::SGD:
-      return {0.01};
-    case Rule::Momentum:
-      return {0.9, 0.8, 0.01, 1};
-    case Rule::Adam:
-      return {0.9, 0.1, 0.99, 0.01, 1e-8, 0.01, 1};
-    case Rule::Lion:
-      return {0.9, 0.1, 0.99, 0.01, 0.01};
-    case Rule::RMSprop:
-    case Rule::AdaDelta:
-      return {0.9, 0.1, 1e-6};
-    case Rule::Adagrad:
-      return {1e-8};
-    case Rule::Adamax:
-      return {0.9, 0.1, 0.99, 1e-8};
-    case Rule::Adafactor:
-      return {0.01};
-    case Rule::AdafactorWithMoment:
-      return {0.9, 0.1, 0.01};
-    case Rule::MuonMoment:
-      return {0.9, 0.1, 0.01, 1};
-    case Rule::Scale:
-      return {};
+// Hyper-parameters that make the most of small mistakes: at step 1, 1 - beta2
+// is lost by a careless power.
+Hyperparameters check_hyperparameters(const RuleTraits& rule) {
+  Hyperparameters values;
+  for (const auto& name : rule.hyperparameters) {
+    values.push_back(name == "beta2"          ? 0.999
+                     : name == "eps"          ? 1e-6
+                     : name == "weight_decay" ? 0.01
+                                              : 0.9);
   }
-  return {};
+  return values;
 }
 
 // Half of a unit in the last place of the dtype is what rounding may cost;
@@ -92,10 +76,18 @@ std::optional<std::string> compare(const mx::array& actual,
 }
 
 std::mutex trust_mutex;
-using Key = std::tuple<int, mx::Dtype::Val, mx::Dtype::Val, mx::Dtype::Val,
+using Key = std::tuple<const RuleTraits*, std::vector<mx::Dtype::Val>,
                        mx::Device::DeviceType>;
 std::map<Key, bool> trust;
 std::string failures;
+
+std::vector<mx::Dtype::Val> vals(const std::vector<mx::Dtype>& dtypes) {
+  std::vector<mx::Dtype::Val> result;
+  for (const auto dtype : dtypes) {
+    result.push_back(dtype.val());
+  }
+  return result;
+}
 
 template <typename Check>
 bool look_up(const Key& key, const std::string& name, const Check& check) {
@@ -114,7 +106,7 @@ bool look_up(const Key& key, const std::string& name, const Check& check) {
   return !failure;
 }
 
-std::string describe(std::initializer_list<mx::Dtype> dtypes) {
+std::string describe(const std::vector<mx::Dtype>& dtypes) {
   std::ostringstream text;
   for (const auto dtype : dtypes) {
     text << " " << dtype;
@@ -124,44 +116,57 @@ std::string describe(std::initializer_list<mx::Dtype> dtypes) {
 
 }  // namespace
 
-std::optional<std::string> check_update(Rule rule, mx::Dtype parameter,
-                                        mx::Dtype gradient, mx::Dtype state,
+std::optional<std::string> check_update(const RuleTraits& rule,
+                                        const std::vector<mx::Dtype>& dtypes,
                                         mx::Stream stream) try {
   const mx::StreamContext context(stream);
-  const GroupLayout layout{max_group_size(traits(rule).states),
-                           traits(rule).states, traits(rule).reads_gradient,
-                           /*scaled=*/true};
-  Arrays inputs;
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> dtypes;
-  for (int tensor = 0; tensor < layout.tensors; ++tensor) {
-    const auto& shape = check_shapes[tensor];
-    for (int k = 0; k < layout.outputs_each(); ++k) {
-      shapes.push_back(shape);
-      dtypes.push_back(k == 0 ? parameter : state);
-      inputs.push_back(sample(shape, dtypes.back(), inputs.size()));
-    }
-    if (layout.reads_gradient) {
-      inputs.push_back(transposed(sample(shape, gradient, inputs.size())));
+  const int tensors = static_cast<int>(max_group_size(rule));
+  GroupUpdate update{{&rule, tensors, true, true}, nullptr, {}, true};
+  const auto& layout = update.layout;
+  // Each tensor has scalars of its own: every second one decays, the first is
+  // skipped.
+  auto plain = check_hyperparameters(rule);
+  for (size_t k = 0; k < plain.size(); ++k) {
+    if (rule.hyperparameters[k] == "weight_decay") {
+      plain[k] = 0.0;
     }
   }
-  inputs.push_back(mx::array(0.1f));
-  inputs.push_back(mx::array(uint64_t{3}));
-  inputs.push_back(mx::array(0.75f));
+  update.sets =
+      std::make_shared<const Sets>(Sets{check_hyperparameters(rule), plain});
+  Arrays inputs;
+  std::vector<float> rates, scales;
+  for (int tensor = 0; tensor < tensors; ++tensor) {
+    update.entries.push_back(
+        {static_cast<uint32_t>(tensor % 2), static_cast<uint32_t>(tensor)});
+    rates.push_back(0.1f / static_cast<float>(tensor + 1));
+    scales.push_back(0.75f - 0.1f * static_cast<float>(tensor));
+    for (int slot = 0; slot < layout.slots(); ++slot) {
+      const auto a = sample(check_shapes[tensor], dtypes[slot], inputs.size());
+      const bool is_gradient = slot + 1 == layout.slots();
+      inputs.push_back(is_gradient ? transposed(a) : a);
+    }
+  }
+  if (rule.reads_learning_rate) {
+    inputs.push_back(mx::array(rates.begin(), {tensors}));
+  }
+  if (rule.reads_step) {
+    inputs.push_back(mx::array(uint64_t{1}));
+  }
+  inputs.push_back(mx::array(scales.begin(), {tensors}));
+  inputs.push_back(mx::equal(mx::arange(tensors), mx::array(0)));
   // Held by us, so the kernel works on copies.
   mx::eval(inputs);
 
-  const auto hyperparameters = check_hyperparameters(rule);
-  auto actual = mx::array::make_arrays(
-      shapes, dtypes,
-      std::make_shared<FusedUpdate>(stream, rule, hyperparameters, layout),
-      inputs);
   Arrays wide;
   for (const auto& input : inputs) {
-    wide.push_back(
-        input.dtype() == mx::uint64 ? input : mx::astype(input, mx::float32));
+    wide.push_back(mx::issubdtype(input.dtype(), mx::floating)
+                       ? mx::astype(input, mx::float32)
+                       : input);
   }
-  auto expected = composed_update(rule, hyperparameters, layout, stream)(wide);
+  auto expected = composed_update(update, /*keep_dtypes=*/true, stream)(wide);
+  auto actual = FusedUpdate::make_outputs(
+      std::make_shared<FusedUpdate>(stream, std::move(update)),
+      std::move(inputs), {});
   mx::eval(actual);
   for (size_t i = 0; i < actual.size(); ++i) {
     if (auto difference = compare(actual[i], expected[i])) {
@@ -173,19 +178,18 @@ std::optional<std::string> check_update(Rule rule, mx::Dtype parameter,
   return error.what();
 }
 
-std::optional<std::string> check_norm(mx::Dtype dtype, mx::Stream stream) try {
+std::optional<std::string> check_sums(mx::Dtype dtype, mx::Stream stream) try {
   const mx::StreamContext context(stream);
   Arrays inputs;
-  for (size_t i = 0; i < check_norm_count; ++i) {
+  for (size_t i = 0; i < check_sums_count; ++i) {
     const auto& shape = check_shapes[i % check_shapes.size()];
     inputs.push_back(transposed(sample(shape, dtype, i)));
   }
-  inputs.push_back(mx::array(2.0f));
+  const mx::array limit(2.0f);
   mx::eval(inputs);
-  auto actual =
-      mx::array::make_arrays({{}, {}}, {mx::float32, mx::float32},
-                             std::make_shared<GlobalNorm>(stream), inputs);
-  const auto expected = composed_norm(stream)(inputs);
+  auto actual = SumsOfSquares::make_outputs(inputs, limit, stream);
+  inputs.push_back(limit);
+  const auto expected = composed_sums(stream)(inputs);
   mx::eval(actual);
   for (size_t i = 0; i < actual.size(); ++i) {
     if (auto difference = compare(actual[i], expected[i])) {
@@ -197,19 +201,17 @@ std::optional<std::string> check_norm(mx::Dtype dtype, mx::Stream stream) try {
   return error.what();
 }
 
-bool is_trusted(Rule rule, mx::Dtype parameter, mx::Dtype gradient,
-                mx::Dtype state, mx::Stream stream) {
-  return look_up(
-      {static_cast<int>(rule), parameter.val(), gradient.val(), state.val(),
-       stream.device.type},
-      traits(rule).name + describe({parameter, gradient, state}),
-      [&] { return check_update(rule, parameter, gradient, state, stream); });
+bool is_trusted(const RuleTraits& rule, const std::vector<mx::Dtype>& dtypes,
+                mx::Stream stream) {
+  return look_up({&rule, vals(dtypes), stream.device.type},
+                 rule.name + describe(dtypes),
+                 [&] { return check_update(rule, dtypes, stream); });
 }
 
-bool is_trusted_norm(mx::Dtype dtype, mx::Stream stream) {
-  return look_up(
-      {-1, dtype.val(), dtype.val(), dtype.val(), stream.device.type},
-      "norm" + describe({dtype}), [&] { return check_norm(dtype, stream); });
+bool is_trusted_sum(mx::Dtype dtype, mx::Stream stream) {
+  return look_up({nullptr, vals({dtype}), stream.device.type},
+                 "sums" + describe({dtype}),
+                 [&] { return check_sums(dtype, stream); });
 }
 
 std::string take_failures() {
@@ -221,6 +223,7 @@ void reset_trust() {
   const std::lock_guard lock(trust_mutex);
   trust.clear();
   failures.clear();
+  reset_plans();
 }
 
 }  // namespace mlx_fused

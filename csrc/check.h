@@ -4,30 +4,30 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "mlx/array.h"
 #include "mlx/utils.h"
-#include "rules.h"
+#include "rule_traits.h"
 
 namespace mlx_fused {
 
-// What is wrong with the kernel that updates parameters, gradients and states
-// of these dtypes; nothing if it agrees. A compiler's message is such an
-// answer.
-std::optional<std::string> check_update(Rule rule, mlx::core::Dtype parameter,
-                                        mlx::core::Dtype gradient,
-                                        mlx::core::Dtype state,
-                                        mlx::core::Stream stream);
+// What is wrong with the kernel that updates slots of these dtypes; nothing if
+// it agrees. A compiler's message is such an answer.
+std::optional<std::string> check_update(
+    const RuleTraits& rule, const std::vector<mlx::core::Dtype>& dtypes,
+    mlx::core::Stream stream);
 
-std::optional<std::string> check_norm(mlx::core::Dtype dtype,
+// The same of the sums of squares of arrays of a dtype.
+std::optional<std::string> check_sums(mlx::core::Dtype dtype,
                                       mlx::core::Stream stream);
 
 // Whether the kernel passes its check on this stream's device. It is checked
 // when it is first asked for; a failure is kept for take_failures().
-bool is_trusted(Rule rule, mlx::core::Dtype parameter,
-                mlx::core::Dtype gradient, mlx::core::Dtype state,
+bool is_trusted(const RuleTraits& rule,
+                const std::vector<mlx::core::Dtype>& dtypes,
                 mlx::core::Stream stream);
-bool is_trusted_norm(mlx::core::Dtype dtype, mlx::core::Stream stream);
+bool is_trusted_sum(mlx::core::Dtype dtype, mlx::core::Stream stream);
 
 // The failures since the last call, a line each.
 std::string take_failures();

@@ -1,10 +1,42 @@
-// metal/update_rules.h as C++, and the table that names every rule.
+// metal/update_rules.h as C++: the rules, and a register of them.
 #pragma once
+
+#include <tuple>
+#include <utility>
 
 // MSL's words for C++. They are taken back below, so that no other header sees
 // them.
 #define constant const
 #define thread
+#define METAL_FUNC inline
+
+// A rule enters itself in the register. The names are parsed from the macros'
+// arguments (rule_traits.cpp).
+#define RULE(name)                                        \
+  template <typename T>                                   \
+  struct name;                                            \
+  template <>                                             \
+  struct RegisteredRule<__COUNTER__ - before_rules - 1> { \
+    template <typename T>                                 \
+    using Type = name<T>;                                 \
+    static constexpr const char* type = #name;            \
+  };                                                      \
+  template <typename T>                                   \
+  struct name : RuleDefaults
+
+#define COUNT_OF(a, b, c, d, e, f, g, h, count, ...) count
+#define COUNT(...) COUNT_OF(__VA_ARGS__, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+
+#define HYPERPARAMETERS(...)                                \
+  Number<T> __VA_ARGS__;                                    \
+  static constexpr int numbers = COUNT(__VA_ARGS__);        \
+  static constexpr const char* number_names = #__VA_ARGS__; \
+  auto all_numbers() { return std::tie(__VA_ARGS__); }      \
+  static_assert(true)
+
+#define STATES(...)                                 \
+  static constexpr int states = COUNT(__VA_ARGS__); \
+  static constexpr const char* state_names = #__VA_ARGS__
 
 namespace mlx_fused {
 
@@ -14,59 +46,41 @@ namespace {
 
 namespace metal {
 inline float abs(float x) { return __builtin_fabsf(x); }
-inline float pow(float x, float y) { return __builtin_powf(x, y); }
 namespace precise {
+inline float exp(float x) { return __builtin_expf(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 }  // namespace precise
 }  // namespace metal
 
+template <int index>
+struct RegisteredRule;
+
+constexpr int before_rules = __COUNTER__;
+
 #include "../metal/update_rules.h"
 
+constexpr int rule_count = __COUNTER__ - before_rules - 1;
+
+// Slots of the rule that has the most: parameter, states and gradient.
+constexpr int max_slots =
+    []<int... index>(std::integer_sequence<int, index...>) {
+      int most = 0;
+      ((most = most < RegisteredRule<index>::template Type<float>::states
+                   ? RegisteredRule<index>::template Type<float>::states
+                   : most),
+       ...);
+      return most + 2;
+    }(std::make_integer_sequence<int, rule_count>());
+
 }  // namespace
-
-// One line a rule: its type in update_rules.h and its name in Python.
-#define MLX_FUSED_FOR_EACH_RULE(apply)                                        \
-  apply(SGD, "sgd") apply(Momentum, "momentum") apply(Adam, "adam")           \
-      apply(Lion, "lion") apply(RMSprop, "rmsprop") apply(Adagrad, "adagrad") \
-          apply(AdaDelta, "adadelta") apply(Adamax, "adamax")                 \
-              apply(Adafactor, "adafactor")                                   \
-                  apply(AdafactorWithMoment, "adafactor_with_moment")         \
-                      apply(MuonMoment, "muon_moment") apply(Scale, "scale")
-
-enum class Rule {
-#define MLX_FUSED_RULE(type, name) type,
-  MLX_FUSED_FOR_EACH_RULE(MLX_FUSED_RULE)
-#undef MLX_FUSED_RULE
-};
-
-struct RuleTraits {
-  const char* name;  // in Python
-  const char* type;  // in update_rules.h
-  int states;        // arrays of state a parameter
-  bool reads_gradient;
-  int hyperparameters;
-};
-
-constexpr RuleTraits rule_table[] = {
-#define MLX_FUSED_RULE(type, name) \
-  {name, #type, type::states, type::reads_gradient, type::hyperparameters},
-    MLX_FUSED_FOR_EACH_RULE(MLX_FUSED_RULE)
-#undef MLX_FUSED_RULE
-};
-
-constexpr int max_hyperparameters = [] {
-  int most = 0;
-  for (const auto& rule : rule_table) {
-    most = rule.hyperparameters > most ? rule.hyperparameters : most;
-  }
-  return most;
-}();
-
-constexpr const RuleTraits& traits(Rule rule) {
-  return rule_table[static_cast<int>(rule)];
-}
 
 }  // namespace mlx_fused
 
 #undef constant
 #undef thread
+#undef METAL_FUNC
+#undef RULE
+#undef COUNT_OF
+#undef COUNT
+#undef HYPERPARAMETERS
+#undef STATES

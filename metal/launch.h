@@ -9,12 +9,20 @@ static constexpr constant int vectors_each = 4;
 static constexpr constant int tile_size =
     tile_threads * vector_size * vectors_each;
 
+// One more than there are tensors: the last one has only first_tile, the number
+// of all tiles.
 struct LaunchTensor {
   int64_t size;         // elements
   uint32_t first_tile;  // the number, in the launch, of its first tile
   uint32_t vectorized;  // 1 if all its arrays are aligned to four elements
-  uint32_t dimensions;  // of its gradient's walk; 0 if that is row-contiguous
+  uint32_t dimensions;  // of its gradient's walk; 0 if row-contiguous
   uint32_t walk;        // where that walk stands: the sizes, then the strides
+  uint32_t numbers;     // where its rule's numbers stand
+  uint32_t learning_rate;  // its entry of each scalar
+  uint32_t step;
+  uint32_t gradient_scale;
+  uint32_t skip;
+  uint32_t first_partial;  // where the sums of its tiles go (sums.metal)
 };
 
 // The first of a thread's four neighbours, as an index into the tensor. A

@@ -1,388 +1,391 @@
-// The arithmetic of every optimizer, on float registers.
+// The arithmetic of every optimizer, and its only place in the package.
 //
 // This file is written in the language that the Metal Shading Language and
-// C++20 share; csrc/rules.h compiles it for the CPU. A rule is its
-// hyper-parameters and one function. It never sees a pointer into an array or
-// a dtype: loading, storing and rounding belong to the schedules
-// (fused_update.metal, csrc/cpu/loops.cpp).
+// C++20 share. Three readers compile it: the Metal kernels, where T is float
+// and lives in a register (metal/rule_language.h); the CPU's vector loops, the
+// same (csrc/rules.h); and the graph of plain MLX operations that serves
+// autodiff, vmap, other dtypes and the check of the kernels, where T is a node
+// of that graph (csrc/graph/node.h).
 //
-//   prepare(h, learning_rate, step)  once a launch: the rule of this step, from
-//                                    the hyper-parameters h (their order is
-//                                    that of the fields) and the two scalars
-//   update(g, p, s)                  once an element: gradient g changes the
-//                                    parameter p and its states s[0], s[1]
+// A rule never sees an array or a dtype. It has
 //
-// The schedule multiplies the gradient by the gradient scale first: g, or p for
-// the rules whose gradient_in_place says that they change the gradient itself.
+//   HYPERPARAMETERS(...)  by the names that Python uses. Each is a Number: the
+//                         value, 1 - value and log(value), which the host
+//                         derives in double precision.
+//   STATES(...)           by their keys in the optimizer's state; s[0], s[1],
+//                         ... in this order. A state is of the parameter's
+//                         shape.
+//   reads_... writes_...  where it differs from RuleDefaults.
+//   prepare(rate, step)   once per tensor: what depends on no element. A rule
+//                         that does not read one of the two must not use it.
+//   update(g, p, s)       once per element: changes the parameter p and the
+//                         states s by the gradient g, which is already
+//                         multiplied by the gradient scale.
 //
 // Operations stand in the order in which mlx.optimizers does them, so float32
-// results agree to the last bits. Pairs such as beta1 and 1 - beta1 come as two
-// hyper-parameters because Python rounds each of them from float64.
+// results agree to the last bits.
+
+// A hyper-parameter.
+template <typename T>
+struct Number {
+  T value;
+  T complement;  // 1 - value
+  T logarithm;   // log(value)
+};
+
+struct RuleDefaults {
+  static constexpr constant int numbers = 0;  // hyper-parameters
+  static constexpr constant int states = 0;
+  static constexpr constant bool reads_learning_rate = true;
+  static constexpr constant bool reads_step = false;
+  static constexpr constant bool reads_parameter = true;
+  static constexpr constant bool writes_parameter = true;
+  static constexpr constant bool writes_gradient = false;
+};
+
+METAL_FUNC float square_root(float x) { return metal::precise::sqrt(x); }
+
+METAL_FUNC float magnitude(float x) { return metal::abs(x); }
+
+METAL_FUNC float sign_of(float x) { return float(x > 0) - float(x < 0); }
+
+// The maximum, and not a number if either is none.
+METAL_FUNC float larger(float a, float b) { return a >= b || a != a ? a : b; }
+
+METAL_FUNC float smaller(float a, float b) { return a < b ? a : b; }
+
+// 1 - beta^step for a beta below 1, to float32's accuracy for any beta: as
+// -expm1(x) with x = step * log(beta). Near zero that is its Taylor series,
+// whose next term is below 1e-9 of the sum; elsewhere nothing cancels.
+METAL_FUNC float one_minus_power(Number<float> beta, float step) {
+  const float x = step * beta.logarithm;
+  if (x < -0.35f) {
+    return 1 - metal::precise::exp(x);
+  }
+  float series = 1;
+  for (int n = 9; n > 1; --n) {
+    series = 1 + x * (1 / float(n)) * series;
+  }
+  return -(x * series);
+}
+
+// An exponential moving average takes in a new value.
+template <typename T>
+METAL_FUNC T moving_average(Number<T> beta, T average, T value) {
+  return beta.value * average + beta.complement * value;
+}
 
 // Stochastic gradient descent without momentum.
-struct SGD {
-  static constexpr constant int states = 0;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 1;
+RULE(SGD) {
+  HYPERPARAMETERS(weight_decay);
 
-  float weight_decay;
-  float learning_rate;
+  T learning_rate;
 
-  static SGD prepare(constant float* h, float learning_rate, float step) {
-    SGD rule;
-    rule.weight_decay = h[0];
-    rule.learning_rate = learning_rate;
-    return rule;
-  }
+  void prepare(T rate, T step) thread { learning_rate = rate; }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    if (weight_decay != 0) {
-      g = g + weight_decay * p;
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    if (weight_decay.value != 0) {
+      g = g + weight_decay.value * p;
     }
     p = p - learning_rate * g;
   }
 };
 
-// Stochastic gradient descent with (Nesterov) momentum; s[0] is v.
+// Stochastic gradient descent with (Nesterov) momentum.
 // Sutskever et al., "On the importance of initialization and momentum in deep
 // learning", ICML 2013.
-struct Momentum {
-  static constexpr constant int states = 1;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 4;
+RULE(Momentum) {
+  HYPERPARAMETERS(momentum, dampening, weight_decay, nesterov);
+  STATES(v);
 
-  float momentum;
-  float one_minus_dampening;
-  float weight_decay;
-  float nesterov;  // 0 or 1
-  float learning_rate;
+  T learning_rate;
 
-  static Momentum prepare(constant float* h, float learning_rate, float step) {
-    Momentum rule;
-    rule.momentum = h[0];
-    rule.one_minus_dampening = h[1];
-    rule.weight_decay = h[2];
-    rule.nesterov = h[3];
-    rule.learning_rate = learning_rate;
-    return rule;
-  }
+  void prepare(T rate, T step) thread { learning_rate = rate; }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    if (weight_decay != 0) {
-      g = g + weight_decay * p;
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& v = s[0];
+    if (weight_decay.value != 0) {
+      g = g + weight_decay.value * p;
     }
-    const float v = momentum * s[0] + one_minus_dampening * g;
-    s[0] = v;
-    p = p - learning_rate * (nesterov != 0 ? g + momentum * v : v);
+    v = momentum.value * v + dampening.complement * g;
+    if (nesterov.value != 0) {
+      p = p - learning_rate * (g + momentum.value * v);
+    } else {
+      p = p - learning_rate * v;
+    }
   }
 };
 
-// Adam, and AdamW when weight_decay is not 0; s[0] is m, s[1] is v.
+// Adam, and AdamW when weight_decay is not 0, without bias correction.
 // Kingma and Ba, "Adam: A method for stochastic optimization", ICLR 2015;
 // Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
-struct Adam {
-  static constexpr constant int states = 2;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 7;
+RULE(Adam) {
+  HYPERPARAMETERS(beta1, beta2, eps, weight_decay);
+  STATES(m, v);
 
-  float beta1;
-  float one_minus_beta1;
-  float beta2;
-  float one_minus_beta2;
-  float eps;
-  float retained;   // what decay leaves of p: 1 - learning_rate * weight_decay
-  float step_size;  // learning_rate / (1 - beta1^step)
-  float denominator_scale;  // 1 / sqrt(1 - beta2^step)
+  T learning_rate;
+  T retained;  // what decay leaves of p
 
-  static Adam prepare(constant float* h, float learning_rate, float step) {
-    Adam rule;
-    rule.beta1 = h[0];
-    rule.one_minus_beta1 = h[1];
-    rule.beta2 = h[2];
-    rule.one_minus_beta2 = h[3];
-    rule.eps = h[4];
-    rule.retained = 1 - learning_rate * h[5];
-    rule.step_size = learning_rate;
-    rule.denominator_scale = 1;
-    const bool bias_correction = h[6] != 0;
-    if (bias_correction) {
-      rule.step_size = learning_rate / (1 - metal::pow(h[0], step));
-      rule.denominator_scale =
-          1 / metal::precise::sqrt(1 - metal::pow(h[2], step));
-    }
-    return rule;
+  void prepare(T rate, T step) thread {
+    learning_rate = rate;
+    retained = 1 - rate * weight_decay.value;
   }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    const float m = beta1 * s[0] + one_minus_beta1 * g;
-    const float v = beta2 * s[1] + one_minus_beta2 * (g * g);
-    s[0] = m;
-    s[1] = v;
-    const float denominator = metal::precise::sqrt(v) * denominator_scale + eps;
-    p = p * retained - step_size * m / denominator;
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& v = s[1];
+    m = moving_average(beta1, m, g);
+    v = moving_average(beta2, v, g * g);
+    p = p * retained - learning_rate * m / (square_root(v) + eps.value);
   }
 };
 
-// Lion; s[0] is m.
+// The same with bias correction.
+RULE(AdamBiasCorrected) {
+  static constexpr constant bool reads_step = true;
+  HYPERPARAMETERS(beta1, beta2, eps, weight_decay);
+  STATES(m, v);
+
+  T retained;            // what decay leaves of p
+  T step_size;           // learning_rate / (1 - beta1^step)
+  T inverse_correction;  // 1 / sqrt(1 - beta2^step)
+
+  void prepare(T rate, T step) thread {
+    retained = 1 - rate * weight_decay.value;
+    step_size = rate / one_minus_power(beta1, step);
+    inverse_correction = 1 / square_root(one_minus_power(beta2, step));
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& v = s[1];
+    m = moving_average(beta1, m, g);
+    v = moving_average(beta2, v, g * g);
+    p = p * retained -
+        step_size * m / (square_root(v) * inverse_correction + eps.value);
+  }
+};
+
+// AdEMAMix with AdamW's decay: a second, slow average of the gradient is added
+// to the first. beta3 and alpha grow over `warmup` steps, beta3 such that the
+// half-life of its average grows linearly; 0 is no warm-up.
+// Pagliardini, Ablin and Grangier, "The AdEMAMix optimizer: better, faster,
+// older", arXiv:2409.03137, algorithm 1.
+RULE(AdEMAMix) {
+  static constexpr constant bool reads_step = true;
+  HYPERPARAMETERS(beta1, beta2, beta3, alpha, eps, weight_decay, warmup);
+  STATES(m1, m2, v);
+
+  T learning_rate;
+  T retained;            // what decay leaves of p
+  T scale1;              // 1 / (1 - beta1^step)
+  T inverse_correction;  // 1 / sqrt(1 - beta2^step)
+  T slow_rate;           // 1 - beta3 of this step
+  T slow_weight;         // alpha of this step
+
+  void prepare(T rate, T step) thread {
+    learning_rate = rate;
+    retained = 1 - rate * weight_decay.value;
+    scale1 = 1 / one_minus_power(beta1, step);
+    inverse_correction = 1 / square_root(one_minus_power(beta2, step));
+    slow_rate = beta3.complement;
+    slow_weight = alpha.value;
+    if (warmup.value != 0) {
+      const T progress = smaller(step / warmup.value, 1);
+      // log(beta3) of this step, by 1 / log(beta) growing linearly.
+      Number<T> beta;
+      beta.logarithm =
+          beta1.logarithm * beta3.logarithm /
+          ((1 - progress) * beta3.logarithm + progress * beta1.logarithm);
+      slow_rate = one_minus_power(beta, 1);
+      slow_weight = alpha.value * progress;
+    }
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m1 = s[0];
+    thread T& m2 = s[1];
+    thread T& v = s[2];
+    m1 = moving_average(beta1, m1, g);
+    m2 = (1 - slow_rate) * m2 + slow_rate * g;
+    v = moving_average(beta2, v, g * g);
+    p = p * retained - learning_rate * (m1 * scale1 + slow_weight * m2) /
+                           (square_root(v) * inverse_correction + eps.value);
+  }
+};
+
+// Lion.
 // Chen et al., "Symbolic discovery of optimization algorithms",
 // arXiv:2302.06675.
-struct Lion {
-  static constexpr constant int states = 1;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 5;
+RULE(Lion) {
+  HYPERPARAMETERS(beta1, beta2, weight_decay);
+  STATES(m);
 
-  float beta1;
-  float one_minus_beta1;
-  float beta2;
-  float one_minus_beta2;
-  float retained;  // what decay leaves of p: 1 - learning_rate * weight_decay
-  float learning_rate;
+  T learning_rate;
+  T retained;  // what decay leaves of p
 
-  static Lion prepare(constant float* h, float learning_rate, float step) {
-    Lion rule;
-    rule.beta1 = h[0];
-    rule.one_minus_beta1 = h[1];
-    rule.beta2 = h[2];
-    rule.one_minus_beta2 = h[3];
-    rule.retained = 1 - learning_rate * h[4];
-    rule.learning_rate = learning_rate;
-    return rule;
+  void prepare(T rate, T step) thread {
+    learning_rate = rate;
+    retained = 1 - rate * weight_decay.value;
   }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    const float c = beta1 * s[0] + one_minus_beta1 * g;
-    s[0] = beta2 * s[0] + one_minus_beta2 * g;
-    const float sign = float(c > 0) - float(c < 0);
-    p = p * retained - learning_rate * sign;
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    const T c = moving_average(beta1, m, g);
+    m = moving_average(beta2, m, g);
+    p = p * retained - learning_rate * sign_of(c);
   }
 };
 
-// RMSprop; s[0] is v.
+// RMSprop.
 // Tieleman and Hinton, "Lecture 6.5: rmsprop", Neural networks for machine
 // learning, 2012.
-struct RMSprop {
-  static constexpr constant int states = 1;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 3;
+RULE(RMSprop) {
+  HYPERPARAMETERS(alpha, eps);
+  STATES(v);
 
-  float alpha;
-  float one_minus_alpha;
-  float eps;
-  float learning_rate;
+  T learning_rate;
 
-  static RMSprop prepare(constant float* h, float learning_rate, float step) {
-    RMSprop rule;
-    rule.alpha = h[0];
-    rule.one_minus_alpha = h[1];
-    rule.eps = h[2];
-    rule.learning_rate = learning_rate;
-    return rule;
-  }
+  void prepare(T rate, T step) thread { learning_rate = rate; }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    const float v = alpha * s[0] + one_minus_alpha * (g * g);
-    s[0] = v;
-    p = p - learning_rate * g / (metal::precise::sqrt(v) + eps);
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& v = s[0];
+    v = moving_average(alpha, v, g * g);
+    p = p - learning_rate * g / (square_root(v) + eps.value);
   }
 };
 
-// Adagrad; s[0] is v.
+// Adagrad.
 // Duchi, Hazan and Singer, "Adaptive subgradient methods for online learning
 // and stochastic optimization", JMLR 2011.
-struct Adagrad {
-  static constexpr constant int states = 1;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 1;
+RULE(Adagrad) {
+  HYPERPARAMETERS(eps);
+  STATES(v);
 
-  float eps;
-  float learning_rate;
+  T learning_rate;
 
-  static Adagrad prepare(constant float* h, float learning_rate, float step) {
-    Adagrad rule;
-    rule.eps = h[0];
-    rule.learning_rate = learning_rate;
-    return rule;
-  }
+  void prepare(T rate, T step) thread { learning_rate = rate; }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    const float v = s[0] + g * g;
-    s[0] = v;
-    p = p - learning_rate * g / (metal::precise::sqrt(v) + eps);
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& v = s[0];
+    v = v + g * g;
+    p = p - learning_rate * g / (square_root(v) + eps.value);
   }
 };
 
-// AdaDelta with a learning rate; s[0] is v, s[1] is u.
+// AdaDelta with a learning rate.
 // Zeiler, "ADADELTA: an adaptive learning rate method", arXiv:1212.5701.
-struct AdaDelta {
-  static constexpr constant int states = 2;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 3;
+RULE(AdaDelta) {
+  HYPERPARAMETERS(rho, eps);
+  STATES(v, u);
 
-  float rho;
-  float one_minus_rho;
-  float eps;
-  float learning_rate;
+  T learning_rate;
 
-  static AdaDelta prepare(constant float* h, float learning_rate, float step) {
-    AdaDelta rule;
-    rule.rho = h[0];
-    rule.one_minus_rho = h[1];
-    rule.eps = h[2];
-    rule.learning_rate = learning_rate;
-    return rule;
-  }
+  void prepare(T rate, T step) thread { learning_rate = rate; }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    const float v = rho * s[0] + one_minus_rho * (g * g);
-    const float d =
-        metal::precise::sqrt(s[1] + eps) / metal::precise::sqrt(v + eps) * g;
-    s[0] = v;
-    s[1] = rho * s[1] + one_minus_rho * (d * d);
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& v = s[0];
+    thread T& u = s[1];
+    v = moving_average(rho, v, g * g);
+    const T d = square_root(u + eps.value) / square_root(v + eps.value) * g;
+    u = moving_average(rho, u, d * d);
     p = p - learning_rate * d;
   }
 };
 
-// Adamax; s[0] is m, s[1] is v.
+// Adamax.
 // Kingma and Ba, "Adam: A method for stochastic optimization", ICLR 2015,
 // section 7.1.
-struct Adamax {
-  static constexpr constant int states = 2;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 4;
+RULE(Adamax) {
+  HYPERPARAMETERS(beta1, beta2, eps);
+  STATES(m, v);
 
-  float beta1;
-  float one_minus_beta1;
-  float beta2;
-  float eps;
-  float learning_rate;
+  T learning_rate;
 
-  static Adamax prepare(constant float* h, float learning_rate, float step) {
-    Adamax rule;
-    rule.beta1 = h[0];
-    rule.one_minus_beta1 = h[1];
-    rule.beta2 = h[2];
-    rule.eps = h[3];
-    rule.learning_rate = learning_rate;
-    return rule;
-  }
+  void prepare(T rate, T step) thread { learning_rate = rate; }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    const float m = beta1 * s[0] + one_minus_beta1 * g;
-    const float decayed = beta2 * s[1];
-    const float magnitude = metal::abs(g);
-    // The maximum, and not a number if either is none.
-    const float v =
-        decayed >= magnitude || decayed != decayed ? decayed : magnitude;
-    s[0] = m;
-    s[1] = v;
-    p = p - learning_rate * m / (v + eps);
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& v = s[1];
+    m = moving_average(beta1, m, g);
+    v = larger(beta2.value * v, magnitude(g));
+    p = p - learning_rate * m / (v + eps.value);
   }
 };
 
-// The end of an Adafactor step, in which g is the factored update, gradient
-// scale the step size over its clipped root mean square, and learning_rate the
-// parameter's own; s[0] is the first moment.
+// The end of an Adafactor step. g is the factored update, and the gradient
+// scale its step size over its clipped root mean square.
 // Shazeer and Stern, "Adafactor: Adaptive learning rates with sublinear memory
 // cost", ICML 2018, algorithm 4.
-struct AdafactorWithMoment {
-  static constexpr constant int states = 1;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 3;
+RULE(Adafactor) {
+  HYPERPARAMETERS(weight_decay);
 
-  float beta1;
-  float one_minus_beta1;
-  float decay;
+  T decay;
 
-  static AdafactorWithMoment prepare(constant float* h, float learning_rate,
-                                     float step) {
-    AdafactorWithMoment rule;
-    rule.beta1 = h[0];
-    rule.one_minus_beta1 = h[1];
-    rule.decay = h[2] * learning_rate;
-    return rule;
-  }
+  void prepare(T rate, T step) thread { decay = weight_decay.value * rate; }
 
-  void update(float g, thread float& p, thread float* s) const thread {
-    s[0] = beta1 * s[0] + one_minus_beta1 * g;
-    p = p - p * decay - s[0];
-  }
-};
-
-// The same without first moment.
-struct Adafactor {
-  static constexpr constant int states = 0;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = false;
-  static constexpr constant int hyperparameters = 1;
-
-  float decay;
-
-  static Adafactor prepare(constant float* h, float learning_rate, float step) {
-    Adafactor rule;
-    rule.decay = h[0] * learning_rate;
-    return rule;
-  }
-
-  void update(float g, thread float& p, thread float* s) const thread {
-    p = p - p * decay - g;
-  }
-};
-
-// The beginning of a Muon step: p is the gradient, which becomes the update
-// that is then made orthogonal; g is the parameter, which is only read; s[0] is
-// v. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024.
-struct MuonMoment {
-  static constexpr constant int states = 1;
-  static constexpr constant bool reads_gradient = true;
-  static constexpr constant bool gradient_in_place = true;
-  static constexpr constant int hyperparameters = 4;
-
-  float momentum;
-  float one_minus_momentum;
-  float weight_decay;
-  float nesterov;  // 0 or 1
-
-  static MuonMoment prepare(constant float* h, float learning_rate,
-                            float step) {
-    MuonMoment rule;
-    rule.momentum = h[0];
-    rule.one_minus_momentum = h[1];
-    rule.weight_decay = h[2];
-    rule.nesterov = h[3];
-    return rule;
-  }
-
-  void update(float g, thread float& p, thread float* s) const thread {
-    float gradient = p;
-    if (weight_decay != 0) {
-      gradient = gradient + weight_decay * g;
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    if (weight_decay.value != 0) {
+      p = p - p * decay;
     }
-    const float v = momentum * s[0] + one_minus_momentum * gradient;
-    s[0] = v;
-    p = nesterov != 0 ? gradient * one_minus_momentum + v * momentum : v;
+    p = p - g;
   }
 };
 
-// Multiplies by the gradient scale and no more: the second half of
-// clip_grad_norm.
-struct Scale {
-  static constexpr constant int states = 0;
-  static constexpr constant bool reads_gradient = false;
-  static constexpr constant bool gradient_in_place = true;
-  static constexpr constant int hyperparameters = 0;
+// The same with a first moment.
+RULE(AdafactorWithMoment) {
+  HYPERPARAMETERS(beta1, weight_decay);
+  STATES(exp_avg);
 
-  static Scale prepare(constant float* h, float learning_rate, float step) {
-    return Scale();
+  T decay;
+
+  void prepare(T rate, T step) thread { decay = weight_decay.value * rate; }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& exp_avg = s[0];
+    exp_avg = moving_average(beta1, exp_avg, g);
+    if (weight_decay.value != 0) {
+      p = p - p * decay;
+    }
+    p = p - exp_avg;
   }
+};
 
-  void update(float g, thread float& p, thread float* s) const thread {}
+// The beginning of a Muon step: the gradient becomes the direction that is then
+// made orthogonal. Jordan, "Muon: An optimizer for hidden layers in neural
+// networks", 2024.
+RULE(MuonMoment) {
+  static constexpr constant bool reads_learning_rate = false;
+  static constexpr constant bool writes_parameter = false;
+  static constexpr constant bool writes_gradient = true;
+  HYPERPARAMETERS(momentum, weight_decay, nesterov);
+  STATES(v);
+
+  void prepare(T rate, T step) thread {}
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& v = s[0];
+    if (weight_decay.value != 0) {
+      g = g + weight_decay.value * p;
+    }
+    v = moving_average(momentum, v, g);
+    if (nesterov.value != 0) {
+      g = g * momentum.complement + v * momentum.value;
+    } else {
+      g = v;
+    }
+  }
+};
+
+// Multiplies the gradient by the gradient scale and no more: the second half
+// of clip_grad_norm.
+RULE(Scale) {
+  static constexpr constant bool reads_learning_rate = false;
+  static constexpr constant bool reads_parameter = false;
+  static constexpr constant bool writes_parameter = false;
+  static constexpr constant bool writes_gradient = true;
+
+  void prepare(T rate, T step) thread {}
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {}
 };

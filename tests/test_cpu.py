@@ -141,9 +141,9 @@ between = np.concatenate([
     (wide[:-1] + wide[1:]) / 2, np.nextafter(wide, np.float32(np.inf)),
     np.array([65519.9, 65520, 1e-8, 3e-8, 1e30, -1e30], np.float32)])
 zeros = mx.zeros(between.shape, {name})
-(updated,), _ = _ext.fused_update(
-    "sgd", [0.0], [zeros], [mx.array(-between).astype(mx.float32).astype({name})], [],
-    mx.array(1.0), mx.array(0))
+leaves = _ext.Leaves(mx.array(-between).astype({name}), zeros)
+assert leaves.update("SGD", [{{"weight_decay": 0}}], learning_rate=mx.array(1.0))
+updated = leaves.commit()
 expected = mx.array(between).astype({name})
 magnitude = lambda x: x.view(mx.uint16) & 0x7fff  # 0 - -0 is 0
 assert mx.array_equal(magnitude(updated), magnitude(expected))
@@ -156,16 +156,32 @@ assert mx.array_equal(magnitude(updated), magnitude(expected))
 
 
 def test_refused_arguments_name_what_was_given() -> None:
-    one, zero = mx.array(1.0), mx.array(0)
-    with pytest.raises(ValueError, match='rule is "adamx"; expected one of sgd, '):
-        _ext.fused_update("adamx", [], [], [], [], one, zero)
-    with pytest.raises(ValueError, match="hyperparameters has 2 entries; expected 1"):
-        _ext.fused_update("sgd", [0.0, 1.0], [], [], [], one, zero)
-    with pytest.raises(ValueError, match="gradients has 0 entries; expected 1"):
-        _ext.fused_update("sgd", [0.0], [one], [], [], one, zero)
-    with pytest.raises(ValueError, match="states has 0 entries; expected 2"):
-        _ext.fused_update("adam", [0.0] * 7, [one], [one], [], one, zero)
-    with pytest.raises(ValueError, match=r"step has shape \(2\); expected a scalar"):
-        _ext.fused_update("sgd", [0.0], [one], [one], [], one, mx.array([1, 2]))
+    one = mx.array(1.0)
+    leaves = _ext.Leaves([one], [one], [{"m": one, "v": one}])
+
+    def refused(text: str, rule: str, values: Any, **arguments: Any) -> None:
+        with pytest.raises(ValueError, match=text):
+            leaves.update(rule, values, **arguments)
+
+    refused('rule is "Adamx"; expected one of SGD, Momentum, Adam, ', "Adamx", [{}])
+    known = r"expected \{weight_decay\}"
+    refused(rf"hyperparameters of SGD are \{{\}}; {known}", "SGD", [{}])
+    both = {"weight_decay": 0.0, "beta": 1.0}
+    refused(rf"(weight_decay, beta|beta, weight_decay)\}}; {known}", "SGD", [both])
+    decay = [{"weight_decay": 0.0}]
+    refused("learning_rate is missing; the rule reads it", "SGD", decay)
+    pair = mx.array([1.0, 2.0])
+    two = r"has shape \(2\); expected a scalar"
+    refused(
+        f"gradient_scale {two}", "SGD", decay, learning_rate=one, gradient_scale=pair
+    )
+    refused(f"learning_rate {two}", "SGD", decay, learning_rate=pair, per_tensor=True)
+    refused(
+        "a tensor has hyper-parameter set 1", "SGD", decay, sets=[1], learning_rate=one
+    )
+    refused(
+        "sets has 2 entries; expected 1", "SGD", decay, sets=[0, 0], learning_rate=one
+    )
     with pytest.raises(ValueError, match="dtype int32; expected float32, float16"):
-        _ext.global_norm([mx.array([1])], one)
+        _ext.sums_of_squares([mx.array([1])], one)
+    assert leaves.commit() == [one]

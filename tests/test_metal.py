@@ -153,17 +153,16 @@ import warnings
 import mlx.core as mx, numpy as np
 from metal_simulator.extension import extension
 import mlx_fused_optimizers as optim
-from mlx_fused_optimizers import clipping
-from mlx_fused_optimizers.optimizers import base
+from mlx_fused_optimizers._kernels import using
 import metal_simulator, os
 
 kernels = extension()
 os.environ["MLX_FUSED_SIMULATOR_PYTHON"] = "false"  # no kernel can be compiled
-base._ext = clipping._ext = kernels
 parameters, gradients = {"w": mx.arange(5.0)}, {"w": mx.ones(5)}
-assert "cannot be built" in kernels.check_update("adam", *[mx.ones(1)] * 3)
-assert "fused_update_2_Adam_float" in kernels.check_update("adam", *[mx.ones(1)] * 3)
-with warnings.catch_warnings(record=True) as caught:
+assert "cannot be built" in kernels.check_update("Adam", *[mx.ones(1)] * 3)
+name = "fused_update_Adam_float_float_float_float"
+assert name in kernels.check_update("Adam", *[mx.ones(1)] * 3)
+with using(kernels), warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     optimizer = optim.AdamW(0.1)
     step = mx.compile(lambda p, g: optimizer.apply_gradients(g, p))

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "loops.h"
+#include "cpu/loops.h"
 
 namespace mlx_fused::cpu {
 

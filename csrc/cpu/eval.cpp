@@ -9,12 +9,14 @@
 #include <numeric>
 #include <vector>
 
-#include "../primitives.h"
-#include "loops.h"
-#include "mlx/allocator.h"
+#include "cpu/loops.h"
+#include "cpu/parallel.h"
+#include "graph/fused_update.h"
+#include "graph/placement.h"
+#include "graph/sums_of_squares.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/device.h"
-#include "parallel.h"
+#include "strides.h"
 
 namespace mlx_fused {
 
@@ -185,18 +187,28 @@ void for_each_piece(const std::vector<size_t>& sizes, size_t size, F piece) {
 // One group's update, as the stream's thread runs it.
 struct UpdateTask {
   struct Tensor {
-    View sources[3];  // parameter and states, as they are
-    View targets[3];  // as they will be, perhaps in the same memory
-    View gradient;    // if the rule reads one
+    View sources[max_slots];  // as they are
+    View targets[max_slots];  // as they will be, perhaps in the same memory
     size_t size = 0;
+    Entry entry = {};
+  };
+  // One value, or one for each tensor of the step.
+  template <typename T>
+  struct Scalar {
+    const T* values = nullptr;
+    int64_t stride = 0;
+
+    T of(const Tensor& tensor, T otherwise) const {
+      return values ? values[stride * tensor.entry.scalar] : otherwise;
+    }
   };
 
-  Rule rule;
-  GroupLayout layout;
-  std::array<float, max_hyperparameters> hyperparameters = {};
-  const float* learning_rate = nullptr;
-  const uint64_t* step = nullptr;
-  const float* gradient_scale = nullptr;  // if not 1
+  const RuleTraits* rule;
+  std::vector<std::vector<float>> numbers = {};  // of each set
+  Scalar<float> learning_rate = {};
+  Scalar<uint64_t> step = {};
+  Scalar<float> gradient_scale = {};
+  Scalar<bool> skip = {};
   std::vector<Tensor> tensors = {};
   Kept kept = {};
 
@@ -208,144 +220,149 @@ struct UpdateTask {
     const size_t total = std::accumulate(sizes.begin(), sizes.end(), size_t{0});
     const size_t size = std::clamp(total / 16 / piece_size * piece_size,
                                    piece_size, large_piece_size);
-    const float scale = gradient_scale ? *gradient_scale : 1;
     for_each_piece(sizes, size, [&](size_t, size_t i, size_t start, size_t n) {
       const auto& tensor = tensors[i];
-      const auto dtype = tensor.targets[0].dtype;
+      const auto dtype = tensor.sources[0].dtype;
       const auto& loops = cpu::loops();
-      if (scale < 0) {  // nothing is to change
+      if (skip.of(tensor, false)) {
         keep(tensor, start, n);
       } else if (!are_direct(tensor, dtype)) {
         for (size_t end = start + n; start < end; start += cpu::block_size) {
-          update_block(tensor, start, std::min(cpu::block_size, end - start),
-                       scale);
+          update_block(tensor, start, std::min(cpu::block_size, end - start));
         }
       } else if (dtype == mx::Dtype::Val::float32) {
-        update_direct<float>(loops.update, tensor, start, n, scale);
+        update_direct<float>(loops.update, tensor, start, n);
       } else {
         update_direct<uint16_t>(dtype == mx::Dtype::Val::float16
                                     ? loops.update_float16
                                     : loops.update_bfloat16,
-                                tensor, start, n, scale);
+                                tensor, start, n);
       }
     });
   }
 
  private:
+  size_t slots() const { return rule->slots.size(); }
+  bool is_written(size_t slot) const { return rule->slots[slot].is_written; }
+
   bool are_direct(const Tensor& tensor, mx::Dtype::Val dtype) const {
-    bool direct = !layout.reads_gradient || is_direct(tensor.gradient, dtype);
-    for (int k = 0; k < layout.outputs_each(); ++k) {
-      direct = direct && is_direct(tensor.sources[k], dtype) &&
-               is_direct(tensor.targets[k], dtype);
+    bool direct = true;
+    for (size_t k = 0; k < slots(); ++k) {
+      direct = direct && is_direct(tensor.sources[k], dtype);
     }
     return direct;
   }
 
   void keep(const Tensor& tensor, size_t start, size_t n) const {
-    for (int k = 0; k < layout.outputs_each(); ++k) {
-      if (tensor.sources[k].data != tensor.targets[k].data) {
+    for (size_t k = 0; k < slots(); ++k) {
+      if (is_written(k) && tensor.sources[k].data != tensor.targets[k].data) {
         gather(tensor.sources[k], start, n, tensor.targets[k].at(start));
       }
     }
   }
 
+  template <typename T>
+  void run(cpu::Update<T> loop, const Tensor& tensor,
+           const cpu::Block<T>& block, size_t n) const {
+    loop(rule->index, numbers[tensor.entry.hyperparameters].data(),
+         learning_rate.of(tensor, 0), static_cast<float>(step.of(tensor, 0)),
+         gradient_scale.of(tensor, 1), block, n);
+  }
+
   // Where all arrays are contiguous and of one dtype.
   template <typename T>
   void update_direct(cpu::Update<T> loop, const Tensor& tensor, size_t start,
-                     size_t n, float scale) const {
-    const T* in[3] = {};
-    T* out[3] = {};
-    for (int k = 0; k < layout.outputs_each(); ++k) {
-      in[k] = reinterpret_cast<const T*>(tensor.sources[k].at(start));
-      out[k] = reinterpret_cast<T*>(tensor.targets[k].at(start));
+                     size_t n) const {
+    cpu::Block<T> block;
+    for (size_t k = 0; k < slots(); ++k) {
+      block.in[k] = reinterpret_cast<const T*>(tensor.sources[k].at(start));
+      if (is_written(k)) {
+        block.out[k] = reinterpret_cast<T*>(tensor.targets[k].at(start));
+      }
     }
-    loop(rule, hyperparameters.data(), *learning_rate,
-         static_cast<float>(*step), scale,
-         reinterpret_cast<const T*>(tensor.gradient.at(start)), in, out, n);
+    run(loop, tensor, block, n);
   }
 
   // At most block_size elements, as float32.
-  void update_block(const Tensor& tensor, size_t start, size_t n,
-                    float scale) const {
-    const int each = layout.outputs_each();
-    alignas(64) float buffers[4][cpu::block_size];
-    const float* in[3] = {};
-    float* out[3] = {};
-    for (int k = 0; k < each; ++k) {
-      in[k] = load(tensor.sources[k], start, n, buffers[k]);
-      out[k] = is_direct(tensor.targets[k]) ? direct(tensor.targets[k], start)
-                                            : buffers[k];
+  void update_block(const Tensor& tensor, size_t start, size_t n) const {
+    alignas(64) float buffers[max_slots][cpu::block_size];
+    cpu::Block<float> block;
+    for (size_t k = 0; k < slots(); ++k) {
+      block.in[k] = load(tensor.sources[k], start, n, buffers[k]);
+      if (is_written(k)) {
+        block.out[k] = is_direct(tensor.targets[k])
+                           ? direct(tensor.targets[k], start)
+                           : buffers[k];
+      }
     }
-    const float* gradient = layout.reads_gradient
-                                ? load(tensor.gradient, start, n, buffers[3])
-                                : nullptr;
-    cpu::loops().update(rule, hyperparameters.data(), *learning_rate,
-                        static_cast<float>(*step), scale, gradient, in, out, n);
-    for (int k = 0; k < each; ++k) {
-      store(tensor.targets[k], start, n, out[k]);
+    run(cpu::loops().update, tensor, block, n);
+    for (size_t k = 0; k < slots(); ++k) {
+      if (is_written(k)) {
+        store(tensor.targets[k], start, n, block.out[k]);
+      }
     }
   }
 };
 
 }  // namespace
 
-void FusedUpdate::eval_cpu(const std::vector<mx::array>& graph_inputs,
-                           std::vector<mx::array>& outputs) {
+void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
   if (is_placed(outputs)) {
     return;
   }
-  // A graph that is not the owner's, or that is evaluated again, has copies of
-  // what is held: a second owner keeps the memory from being written to.
   const bool holds = !held_.empty();
-  const bool is_owner =
-      holds && outputs[0].id() == owner_ && !outputs[0].is_tracer();
-  std::vector<mx::array> copies;
-  if (holds && !is_owner) {
-    copies = held_;
-  }
-  auto& all = is_owner ? held_ : copies;
-  if (holds) {
-    add_pending(all, graph_inputs);
-  }
-  const auto& inputs = holds ? all : graph_inputs;
+  const bool is_owner = holds && held_.is_owner(outputs[0]);
+  Arrays copies;
+  const auto& inputs =
+      holds ? held_.complete(graph_inputs, is_owner, copies) : graph_inputs;
   // With a GPU, this stream may itself wait for work that the GPU gets only
   // when the graph has been walked to its end.
   static const bool can_wait = !mx::is_available(mx::Device(mx::Device::gpu));
-  const auto wait = [this] { mx::synchronize(stream()); };
-  Placement placement(inputs, outputs, layout_, holds ? &pending_ : nullptr,
-                      can_wait ? std::function<void()>(wait) : nullptr);
+  const auto& layout = update_.layout;
+  Placement placement(
+      inputs, outputs, layout,
+      [&] { return holds ? held_.graph_part(inputs) : inputs; },
+      can_wait ? std::function<void()>([this] { mx::synchronize(stream()); })
+               : nullptr);
 
-  UpdateTask task;
-  task.rule = rule_;
-  task.layout = layout_;
-  std::copy(hyperparameters_.begin(), hyperparameters_.end(),
-            task.hyperparameters.begin());
+  UpdateTask task{layout.rule};
+  for (const auto& set : *update_.sets) {
+    task.numbers.push_back(numbers(set));
+  }
   auto& kept = task.kept;
   kept.data.reserve(outputs.size() + inputs.size());
-  task.tensors.resize(layout_.tensors);
-  for (int i = 0; i < layout_.tensors; ++i) {
+  task.tensors.resize(layout.tensors);
+  int output = 0;
+  for (int i = 0; i < layout.tensors; ++i) {
     auto& tensor = task.tensors[i];
-    for (int k = 0; k < layout_.outputs_each(); ++k) {
+    for (int k = 0; k < layout.slots(); ++k) {
+      const auto& input = inputs[layout.input(i, k)];
+      if (!layout.rule->slots[k].is_written) {
+        tensor.sources[k] = kept.held(input);
+        continue;
+      }
       // MLX holds an output for whoever reads it: not for an update that only
       // waits for this one.
-      tensor.targets[k] = kept.held(placement.target(i, k));
-      tensor.sources[k] = placement.in_place(i, k)
-                              ? tensor.targets[k]
-                              : kept.held(inputs[layout_.input(i, k)]);
+      tensor.targets[k] = kept.held(outputs[output]);
+      tensor.sources[k] =
+          placement.in_place(output) ? tensor.targets[k] : kept.held(input);
+      ++output;
     }
-    if (layout_.reads_gradient) {
-      tensor.gradient = kept.held(inputs[layout_.gradient(i)]);
-    }
-    tensor.size = placement.target(i, 0).size();
+    tensor.entry = update_.entries[i];
+    tensor.size = inputs[layout.input(i, 0)].size();
   }
-  const auto scalar = [&](int index) { return kept.held(inputs[index]).data; };
-  task.learning_rate =
-      reinterpret_cast<const float*>(scalar(layout_.learning_rate()));
-  task.step = reinterpret_cast<const uint64_t*>(scalar(layout_.step()));
-  task.gradient_scale =
-      layout_.scaled
-          ? reinterpret_cast<const float*>(scalar(layout_.gradient_scale()))
-          : nullptr;
+  const auto scalar = [&]<typename T>(UpdateTask::Scalar<T>& target,
+                                      int input) {
+    if (input >= 0) {
+      const auto& a = inputs[input];
+      target = {reinterpret_cast<const T*>(kept.held(a).data),
+                update_.per_tensor && a.size() > 1 ? a.strides(0) : 0};
+    }
+  };
+  scalar(task.learning_rate, layout.learning_rate());
+  scalar(task.step, layout.step());
+  scalar(task.gradient_scale, layout.gradient_scale());
+  scalar(task.skip, layout.skip());
 
   // The only dispatch: when it throws, nothing has been done.
   mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
@@ -354,16 +371,15 @@ void FusedUpdate::eval_cpu(const std::vector<mx::array>& graph_inputs,
     held_.clear();
   }
   // The task keeps what it reads. MLX would keep all of it a second time.
-  for (auto& output : outputs) {
-    if (&output.inputs() == &inputs && !output.is_tracer()) {
-      output.inputs().clear();
+  for (auto& out : outputs) {
+    if (&out.inputs() == &inputs && !out.is_tracer()) {
+      out.inputs().clear();
       break;
     }
   }
 }
 
-void GlobalNorm::eval_cpu(const std::vector<mx::array>& inputs,
-                          std::vector<mx::array>& outputs) {
+void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   for (auto& output : outputs) {
     allocate(output);
   }
@@ -379,21 +395,30 @@ void GlobalNorm::eval_cpu(const std::vector<mx::array>& inputs,
   mx::cpu::get_command_encoder(stream()).dispatch(
       [kept = std::move(kept), views = std::move(views),
        sizes = std::move(sizes), pieces, max_norm = inputs.back().data<float>(),
-       norm = outputs[0].data<float>(), factor = outputs[1].data<float>()] {
-        std::vector<double> partials(pieces);
+       sums = outputs[0].data<float>(), norm = outputs[1].data<float>(),
+       factor = outputs[2].data<float>()] {
+        struct Partial {
+          size_t tensor;
+          double sum;
+        };
+        std::vector<Partial> partials(pieces);
         for_each_piece(
             sizes, large_piece_size,
             [&](size_t piece, size_t tensor, size_t start, size_t n) {
+              partials[piece].tensor = tensor;
               for (size_t end = start + n; start < end; start += piece_size) {
-                partials[piece] += sum_of_squares(
+                partials[piece].sum += sum_of_squares(
                     views[tensor], start, std::min(piece_size, end - start));
               }
             });
-        double sum = 0;
-        for (const double partial : partials) {
-          sum += partial;
+        std::vector<double> totals(sizes.size());
+        double total = 0;
+        for (const auto& [tensor, sum] : partials) {
+          totals[tensor] += sum;
+          total += sum;
         }
-        *norm = std::sqrt(static_cast<float>(sum));
+        std::copy(totals.begin(), totals.end(), sums);
+        *norm = std::sqrt(static_cast<float>(total));
         *factor = std::min(*max_norm / (*norm + 1e-6f), 1.0f);
       });
 }

@@ -2,7 +2,7 @@
 // that set's compiler flags. It must not use inline functions of the standard
 // library: the linker keeps one copy of each, perhaps one that this machine
 // cannot run.
-#include "loops.h"
+#include "cpu/loops.h"
 
 #include <string.h>
 
@@ -211,96 +211,96 @@ constexpr size_t tile_size = 64;
 
 template <typename R, typename F>
 inline __attribute__((always_inline)) void update_tile(
-    const R& rule, float gradient_scale, const typename F::Type* g,
-    const typename F::Type* const in[3], typename F::Type* const out[3],
+    const R& rule, float gradient_scale, const Block<typename F::Type>& block,
     size_t start) {
-  float p[tile_size], s[2][tile_size], gradients[tile_size];
-  F::load(in[0] + start, p, tile_size);
+  constexpr int first_state = R::reads_parameter;
+  constexpr int gradient_slot = first_state + R::states;
+  float p[tile_size] = {}, s[R::states + 1][tile_size], g[tile_size];
+  if constexpr (R::reads_parameter) {
+    F::load(block.in[0] + start, p, tile_size);
+  }
   for (int k = 0; k < R::states; ++k) {
-    F::load(in[1 + k] + start, s[k], tile_size);
+    F::load(block.in[first_state + k] + start, s[k], tile_size);
   }
-  if constexpr (R::reads_gradient) {
-    F::load(g + start, gradients, tile_size);
-  }
+  F::load(block.in[gradient_slot] + start, g, tile_size);
   MLX_FUSED_VECTORIZE
   for (size_t i = 0; i < tile_size; ++i) {
-    float states[2] = {};
-    if constexpr (R::states > 0) {
-      states[0] = s[0][i];
+    float states[R::states + 1];
+    for (int k = 0; k < R::states; ++k) {
+      states[k] = s[k][i];
     }
-    if constexpr (R::states > 1) {
-      states[1] = s[1][i];
-    }
+    float gradient = g[i] * gradient_scale;
     float parameter = p[i];
-    float gradient = 0;
-    if constexpr (R::reads_gradient) {
-      gradient = gradients[i];
-    }
-    if constexpr (R::gradient_in_place) {
-      parameter *= gradient_scale;
-    } else {
-      gradient *= gradient_scale;
-    }
     rule.update(gradient, parameter, states);
     p[i] = parameter;
-    if constexpr (R::states > 0) {
-      s[0][i] = states[0];
-    }
-    if constexpr (R::states > 1) {
-      s[1][i] = states[1];
+    g[i] = gradient;
+    for (int k = 0; k < R::states; ++k) {
+      s[k][i] = states[k];
     }
   }
-  F::store(p, out[0] + start, tile_size);
+  if constexpr (R::writes_parameter) {
+    F::store(p, block.out[0] + start, tile_size);
+  }
   for (int k = 0; k < R::states; ++k) {
-    F::store(s[k], out[1 + k] + start, tile_size);
+    F::store(s[k], block.out[first_state + k] + start, tile_size);
+  }
+  if constexpr (R::writes_gradient) {
+    F::store(g, block.out[gradient_slot] + start, tile_size);
   }
 }
 
-template <typename R, typename F>
-void update_with(const float* h, float learning_rate, float step,
-                 float gradient_scale, const typename F::Type* g,
-                 const typename F::Type* const in[3],
-                 typename F::Type* const out[3], size_t n) {
+template <int index, typename F>
+void update_with(const float* numbers, float learning_rate, float step,
+                 float gradient_scale, const Block<typename F::Type>& block,
+                 size_t n) {
+  using R = typename RegisteredRule<index>::template Type<float>;
   using Type = typename F::Type;
-  const R rule = R::prepare(h, learning_rate, step);
+  R rule;
+  // A rule begins with its numbers.
+  memcpy(static_cast<void*>(&rule), numbers,
+         R::numbers * sizeof(Number<float>));
+  rule.prepare(learning_rate, step);
   size_t i = 0;
   for (; i + tile_size <= n; i += tile_size) {
-    update_tile<R, F>(rule, gradient_scale, g, in, out, i);
+    update_tile<R, F>(rule, gradient_scale, block, i);
   }
   if (i == n) {
     return;
   }
   // The rest, as a tile of its own.
   const size_t bytes = (n - i) * sizeof(Type);
-  Type rest[4][tile_size] = {};
-  const Type* rest_in[3] = {rest[0], rest[1], rest[2]};
-  Type* rest_out[3] = {rest[0], rest[1], rest[2]};
-  for (int k = 0; k <= R::states; ++k) {
-    memcpy(rest[k], in[k] + i, bytes);
+  Type rest[max_slots][tile_size] = {};
+  Block<Type> rest_block;
+  for (int k = 0; k < max_slots; ++k) {
+    if (block.in[k]) {
+      memcpy(rest[k], block.in[k] + i, bytes);
+    }
+    rest_block.in[k] = rest_block.out[k] = rest[k];
   }
-  if constexpr (R::reads_gradient) {
-    memcpy(rest[3], g + i, bytes);
-  }
-  update_tile<R, F>(rule, gradient_scale, rest[3], rest_in, rest_out, 0);
-  for (int k = 0; k <= R::states; ++k) {
-    memcpy(out[k] + i, rest[k], bytes);
+  update_tile<R, F>(rule, gradient_scale, rest_block, 0);
+  for (int k = 0; k < max_slots; ++k) {
+    if (block.out[k]) {
+      memcpy(block.out[k] + i, rest[k], bytes);
+    }
   }
 }
 
+template <typename F, int... index>
+void update_by_index(int rule, const float* numbers, float learning_rate,
+                     float step, float gradient_scale,
+                     const Block<typename F::Type>& block, size_t n,
+                     std::integer_sequence<int, index...>) {
+  static constexpr decltype(&update_with<0, F>) table[] = {
+      update_with<index, F>...};
+  table[rule](numbers, learning_rate, step, gradient_scale, block, n);
+}
+
 template <typename F>
-void update(Rule rule, const float* h, float learning_rate, float step,
-            float gradient_scale, const typename F::Type* g,
-            const typename F::Type* const in[3], typename F::Type* const out[3],
+void update(int rule, const float* numbers, float learning_rate, float step,
+            float gradient_scale, const Block<typename F::Type>& block,
             size_t n) {
-  switch (rule) {
-#define MLX_FUSED_RULE(type, name)                                           \
-  case Rule::type:                                                           \
-    update_with<type, F>(h, learning_rate, step, gradient_scale, g, in, out, \
-                         n);                                                 \
-    break;
-    MLX_FUSED_FOR_EACH_RULE(MLX_FUSED_RULE)
-#undef MLX_FUSED_RULE
-  }
+  update_by_index<F>(rule, numbers, learning_rate, step, gradient_scale, block,
+                     n, std::make_integer_sequence<int, rule_count>());
 }
 
 void add_squares(const float* x, size_t n, float* lanes) {

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../rules.h"
+#include "rules.h"
 
 namespace mlx_fused::cpu {
 
@@ -17,14 +17,20 @@ constexpr size_t block_size = 512;
 // same order.
 constexpr size_t sum_lanes = 32;
 
-// Updates n parameters with gradients g, which is null for a rule that reads
-// none. in and out are the parameters and the states, as many as the rule has;
-// each is read from in and written to out, perhaps the same memory. h points to
-// the rule's hyper-parameters.
+// Where elements of a tensor's slots are read and written, perhaps in the same
+// memory. By slots; null for what a rule does not have or write.
 template <typename T>
-using Update = void (*)(Rule rule, const float* h, float learning_rate,
-                        float step, float gradient_scale, const T* g,
-                        const T* const in[3], T* const out[3], size_t n);
+struct Block {
+  const T* in[max_slots] = {};
+  T* out[max_slots] = {};
+};
+
+// Updates n elements by the rule of that index, with its numbers (see
+// rule_traits.h) and scalars.
+template <typename T>
+using Update = void (*)(int rule, const float* numbers, float learning_rate,
+                        float step, float gradient_scale, const Block<T>& block,
+                        size_t n);
 
 struct Loops {
   const char* name;  // of the instruction set

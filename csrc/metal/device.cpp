@@ -1,4 +1,4 @@
-#include "backend.h"
+#include "metal/backend.h"
 
 namespace mlx_fused {
 

@@ -1,75 +1,85 @@
 // eval_gpu: pipelines, buffers, launches.
 #include <algorithm>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "../primitives.h"
-#include "backend.h"
-#include "launch.h"
+#include "graph/fused_update.h"
+#include "graph/placement.h"
+#include "graph/sums_of_squares.h"
+#include "metal/backend.h"
+#include "metal/kernel_source.h"
+#include "metal/launch.h"
 #include "metal_sources.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
+#include "strides.h"
 
 namespace mlx_fused {
 
 namespace {
 
-// Tensors that a launch of the first stage of the norm takes.
-constexpr size_t max_norm_group_size = 24;
-// Threads of the second stage's only threadgroup, where the device allows them.
-constexpr size_t norm_threads = 1024;
+// Threads of the second stage of the sums, where the device allows them.
+constexpr size_t sums_threads = 1024;
 // Metal takes less than 4 KiB of constant bytes.
 constexpr size_t max_walk_entries = 4096 / sizeof(int64_t) - 1;
 
-std::string metal_type(mx::Dtype dtype) {
-  return dtype == mx::float32   ? "float"
-         : dtype == mx::float16 ? "half"
-                                : "bfloat";
-}
+using Pipeline = MTL::ComputePipelineState*;
 
-// The pipeline of source's kernel template for these arguments, compiled when
-// first needed; without arguments, the plain kernel of that name.
-MTL::ComputePipelineState* pipeline(mx::Stream stream,
-                                    const std::string& source,
-                                    const std::string& kernel,
-                                    const std::vector<std::string>& arguments) {
-  std::string name = kernel;
-  std::string list;
-  for (const auto& argument : arguments) {
-    name += "_" + argument;
-    list += (list.empty() ? "" : ", ") + argument;
-  }
-  const auto build = [&] {
-    if (arguments.empty()) {
-      return source;
-    }
-    const std::string instance = kernel + "<" + list + ">";
-    return source + "\ntemplate [[host_name(\"" + name +
-           "\")]] [[kernel]] decltype(" + instance + ") " + instance + ";\n";
-  };
+// A kernel by its name, compiled when it is first needed.
+Pipeline build(mx::Stream stream, const std::string& name,
+               const std::function<std::string()>& source) {
   try {
     auto& device = mx::metal::device(stream.device);
-    auto* state =
-        device.get_kernel(name, device.get_library("mlx_fused_" + name, build));
-    if (state->maxTotalThreadsPerThreadgroup() < tile_threads) {
+    auto* pipeline = device.get_kernel(
+        name, device.get_library("mlx_fused_" + name, source));
+    if (pipeline->maxTotalThreadsPerThreadgroup() < tile_threads) {
       throw std::runtime_error("the device allows too few threads for it.");
     }
-    return state;
+    return pipeline;
   } catch (const std::exception& error) {
     throw KernelError("[mlx_fused_optimizers] Metal kernel " + name +
                       " cannot be built: " + error.what());
   }
 }
 
+// The same of an update, found again without its name.
+Pipeline pipeline(mx::Stream stream, const UpdateKernel& kernel) {
+  using Key = std::tuple<int, std::vector<mx::Dtype::Val>, bool>;
+  static std::mutex mutex;
+  static std::map<Key, Pipeline> built;
+  Key key{kernel.rule->index, {}, kernel.separate_states};
+  for (const auto dtype : kernel.dtypes) {
+    std::get<1>(key).push_back(dtype.val());
+  }
+  const std::lock_guard lock(mutex);
+  auto& known = built[key];
+  if (!known) {
+    known = build(stream, kernel.name(), [&] { return kernel.source(); });
+  }
+  return known;
+}
+
+Pipeline copy_pipeline(mx::Stream stream, mx::Dtype dtype) {
+  const auto type = metal_type(dtype);
+  return build(stream, "copy_array_" + type, [&] {
+    return copy_array_source + "\ntemplate [[host_name(\"copy_array_" + type +
+           "\")]] [[kernel]] decltype(copy_array<" + type + ">) copy_array<" +
+           type + ">;\n";
+  });
+}
+
 // The constant arguments that describe a launch's tensors.
 class Launch {
  public:
   // False if there is no room left to describe the gradient's strides.
-  bool add(const mx::array& gradient, bool vectorized) {
-    LaunchTensor tensor{static_cast<int64_t>(gradient.size()), tiles_,
-                        vectorized, 0, static_cast<uint32_t>(walks_.size())};
+  bool add(const mx::array& gradient, LaunchTensor tensor) {
+    tensor.size = static_cast<int64_t>(gradient.size());
+    tensor.first_tile = tiles_;
+    tensor.walk = walks_.size();
     if (!gradient.flags().row_contiguous) {
       const auto walk = collapse(gradient);
       if (walks_.size() + 2 * walk.shape.size() > max_walk_entries) {
@@ -84,15 +94,14 @@ class Launch {
     return true;
   }
 
-  bool empty() const { return tensors_.empty(); }
-  uint32_t count() const { return tensors_.size(); }
-  uint32_t tiles() const { return tiles_; }
-
-  void bind(mx::metal::CommandEncoder& encoder, int tensors, int count,
-            int walks) const {
+  void dispatch(mx::metal::CommandEncoder& encoder, int tensors, int walks) {
+    LaunchTensor end{};
+    end.first_tile = tiles_;
+    tensors_.push_back(end);
     encoder.set_vector_bytes(tensors_, tensors);
-    encoder.set_bytes(this->count(), count);
     encoder.set_vector_bytes(walks_, walks);
+    encoder.dispatch_threadgroups(MTL::Size(tiles_, 1, 1),
+                                  MTL::Size(tile_threads, 1, 1));
   }
 
  private:
@@ -107,15 +116,14 @@ bool is_vectorizable(const mx::array& a) {
 }
 
 void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
-  auto* kernel = pipeline(stream, copy_array_source, "copy_array",
-                          {metal_type(in.dtype())});
   const auto walk = collapse(in);
-  LaunchTensor tensor{static_cast<int64_t>(in.size()), 0, 0,
-                      static_cast<uint32_t>(walk.shape.size()), 0};
+  LaunchTensor tensor{};
+  tensor.size = static_cast<int64_t>(in.size());
+  tensor.dimensions = walk.shape.size();
   auto entries = walk.shape;
   entries.insert(entries.end(), walk.strides.begin(), walk.strides.end());
   auto& encoder = mx::metal::get_command_encoder(stream);
-  encoder.set_compute_pipeline_state(kernel);
+  encoder.set_compute_pipeline_state(copy_pipeline(stream, in.dtype()));
   encoder.set_input_array(in, 0);
   encoder.set_output_array(out, 1);
   encoder.set_bytes(tensor, 2);
@@ -127,169 +135,203 @@ void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
 
 // The gradient itself, or a contiguous copy if its strides do not fit.
 mx::array add_gradient(Launch& launch, const mx::array& gradient,
-                       bool vectorized, mx::Stream stream) {
-  if (launch.add(gradient, vectorized)) {
+                       const LaunchTensor& tensor, mx::Stream stream) {
+  if (launch.add(gradient, tensor)) {
     return gradient;
   }
   mx::array copied(gradient.shape(), gradient.dtype(), nullptr, {});
   allocate(copied);
   copy_array(gradient, copied, stream);
   mx::metal::get_command_encoder(stream).add_temporary(copied);
-  launch.add(copied, vectorized);
+  launch.add(copied, tensor);
   return copied;
 }
 
 }  // namespace
 
-void FusedUpdate::eval_gpu(const std::vector<mx::array>& inputs,
-                           std::vector<mx::array>& outputs) {
+void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   if (is_placed(outputs)) {
     return;
   }
-  const auto& rule = traits(rule_);
-  std::vector<std::string> arguments = {rule.type};
-  arguments.push_back(metal_type(outputs[0].dtype()));
-  if (layout_.reads_gradient) {
-    arguments.push_back(metal_type(inputs[layout_.gradient(0)].dtype()));
+  const auto& layout = update_.layout;
+  const auto& rule = *layout.rule;
+  UpdateKernel kernel{&rule, {}, false};
+  for (int slot = 0; slot < layout.slots(); ++slot) {
+    kernel.dtypes.push_back(inputs[layout.input(0, slot)].dtype());
   }
-  if (layout_.states > 0) {
-    arguments.push_back(metal_type(outputs[1].dtype()));
-  }
-  const std::string name =
-      layout_.reads_gradient ? "fused_update_" + std::to_string(layout_.states)
-                             : "fused_update_no_gradient";
-  auto* kernel = pipeline(stream(), fused_update_source, name, arguments);
-  for (size_t i = 1; i < arguments.size(); ++i) {
-    pipeline(stream(), copy_array_source, "copy_array", {arguments[i]});
+  pipeline(stream(), kernel);
+  for (const auto dtype : kernel.dtypes) {
+    copy_pipeline(stream(), dtype);
   }
   // MLX throws an earlier error of the stream here, not in later calls.
   auto& encoder = mx::metal::get_command_encoder(stream());
-  encoder.set_compute_pipeline_state(kernel);
-  Placement placement(inputs, outputs, layout_);
-  // What each tensor's parameter is read from.
-  std::vector<mx::array> old;
-  for (int tensor = 0; tensor < layout_.tensors; ++tensor) {
-    old.push_back(placement.target(tensor, 0));
-    for (int k = 0; k < layout_.outputs_each(); ++k) {
-      const auto& in = inputs[layout_.input(tensor, k)];
-      if (placement.in_place(tensor, k) || in.size() == 0) {
+  Placement placement(inputs, outputs, layout, [&] { return inputs; });
+
+  // Where each slot is read and written, by the numbers of the inputs.
+  Arrays sources, targets;
+  std::vector<int> tensors;  // that are not empty
+  int output = 0;
+  for (int tensor = 0; tensor < layout.tensors; ++tensor) {
+    if (inputs[layout.input(tensor, 0)].size() > 0) {
+      tensors.push_back(tensor);
+    }
+    for (int slot = 0; slot < layout.slots(); ++slot) {
+      const auto& in = inputs[layout.input(tensor, slot)];
+      const auto& [role, is_written] = rule.slots[slot];
+      targets.push_back(is_written ? outputs[output] : in);
+      sources.push_back(targets.back());
+      if (!is_written || placement.in_place(output++) || in.size() == 0) {
         continue;
       }
-      if (k == 0 && in.flags().row_contiguous) {
-        old.back() = in;
+      if (role == Role::gradient || in.flags().row_contiguous) {
+        sources.back() = in;
+        kernel.separate_states |= role == Role::state;
       } else {
-        copy_array(in, placement.target(tensor, k), stream());
+        copy_array(in, targets.back(), stream());
       }
     }
   }
 
-  Launch launch;
-  std::vector<int> tensors;  // those that are not empty
-  std::vector<mx::array> gradients;
-  for (int tensor = 0; tensor < layout_.tensors; ++tensor) {
-    if (old[tensor].size() == 0) {
-      continue;
-    }
-    bool vectorized = is_vectorizable(old[tensor]);
-    for (int k = 0; k < layout_.outputs_each(); ++k) {
-      vectorized = vectorized && is_vectorizable(placement.target(tensor, k));
-    }
-    const auto& gradient = layout_.reads_gradient
-                               ? inputs[layout_.gradient(tensor)]
-                               : placement.target(tensor, 0);
-    vectorized = vectorized && is_vectorizable(gradient);
-    gradients.push_back(add_gradient(launch, gradient, vectorized, stream()));
-    tensors.push_back(tensor);
+  std::vector<float> all_numbers = {0};  // Metal binds no empty argument
+  std::vector<uint32_t> first_number;
+  for (const auto& set : *update_.sets) {
+    const auto of_set = numbers(set);
+    first_number.push_back(all_numbers.size());
+    all_numbers.insert(all_numbers.end(), of_set.begin(), of_set.end());
   }
-  if (launch.empty()) {
-    placement.commit();
-    return;
-  }
-
-  encoder.set_compute_pipeline_state(kernel);
-  const int places = max_group_size(layout_.states);
-  for (int place = 0, index = 0; place < places; ++place) {
-    // Places left over are bound to the first tensor and never read.
-    const size_t i = place < static_cast<int>(tensors.size()) ? place : 0;
-    encoder.set_input_array(old[tensors[i]], index++);
-    for (int k = 0; k < layout_.outputs_each(); ++k) {
-      encoder.set_output_array(placement.target(tensors[i], k), index++);
+  const auto stride = [&](int input) -> uint32_t {
+    return input >= 0 && update_.per_tensor && inputs[input].size() > 1
+               ? inputs[input].strides(0)
+               : 0;
+  };
+  const size_t places = kernel.tensors_per_launch();
+  for (size_t first = 0; first < tensors.size(); first += places) {
+    const size_t count = std::min(places, tensors.size() - first);
+    Launch launch;
+    Arrays gradients;
+    for (size_t i = first; i < first + count; ++i) {
+      const int tensor = tensors[i];
+      const auto& entry = update_.entries[tensor];
+      LaunchTensor description{};
+      description.vectorized = 1;
+      for (int slot = 0; slot < layout.slots(); ++slot) {
+        const int input = layout.input(tensor, slot);
+        description.vectorized &=
+            is_vectorizable(sources[input]) && is_vectorizable(targets[input]);
+      }
+      description.numbers = first_number[entry.hyperparameters];
+      description.learning_rate = stride(layout.learning_rate()) * entry.scalar;
+      description.step = stride(layout.step()) * entry.scalar;
+      description.gradient_scale =
+          stride(layout.gradient_scale()) * entry.scalar;
+      description.skip = stride(layout.skip()) * entry.scalar;
+      gradients.push_back(add_gradient(launch, sources[layout.gradient(tensor)],
+                                       description, stream()));
     }
-    if (layout_.reads_gradient) {
-      encoder.set_input_array(gradients[i], index++);
+    encoder.set_compute_pipeline_state(pipeline(stream(), kernel));
+    for (size_t place = 0, index = 0; place < places; ++place) {
+      // Places left over are bound to the first tensor and never read.
+      const size_t i = place < count ? place : 0;
+      for (int slot = 0; slot < layout.slots(); ++slot) {
+        const int input = layout.input(tensors[first + i], slot);
+        const bool is_written = rule.slots[slot].is_written;
+        if (!is_written || kernel.is_separate(slot)) {
+          encoder.set_input_array(
+              slot + 1 == layout.slots() ? gradients[i] : sources[input],
+              index++);
+        }
+        if (is_written) {
+          encoder.set_output_array(targets[input], index++);
+        }
+      }
     }
+    if (rule.reads_learning_rate) {
+      encoder.set_input_array(inputs[layout.learning_rate()],
+                              learning_rate_buffer);
+    }
+    if (rule.reads_step) {
+      encoder.set_input_array(inputs[layout.step()], step_buffer);
+    }
+    if (layout.is_scaled) {
+      encoder.set_input_array(inputs[layout.gradient_scale()],
+                              gradient_scale_buffer);
+    } else {
+      encoder.set_bytes(1.0f, gradient_scale_buffer);
+    }
+    if (layout.is_skippable) {
+      encoder.set_input_array(inputs[layout.skip()], skip_buffer);
+    } else {
+      encoder.set_bytes(false, skip_buffer);
+    }
+    encoder.set_vector_bytes(all_numbers, numbers_buffer);
+    launch.dispatch(encoder, tensors_buffer, walks_buffer);
   }
-  encoder.set_input_array(inputs[layout_.learning_rate()], 24);
-  encoder.set_input_array(inputs[layout_.step()], 25);
-  if (layout_.scaled) {
-    encoder.set_input_array(inputs[layout_.gradient_scale()], 26);
-  } else {
-    encoder.set_bytes(1.0f, 26);
-  }
-  encoder.set_vector_bytes(float_hyperparameters(), 27);
-  launch.bind(encoder, 28, 29, 30);
-  encoder.dispatch_threadgroups(MTL::Size(launch.tiles(), 1, 1),
-                                MTL::Size(tile_threads, 1, 1));
   placement.commit();
 }
 
-void GlobalNorm::eval_gpu(const std::vector<mx::array>& inputs,
-                          std::vector<mx::array>& outputs) {
-  auto* final_kernel =
-      pipeline(stream(), global_norm_source, "norm_and_factor", {});
-  // A launch takes gradients of one dtype.
-  std::map<mx::Dtype::Val, std::vector<mx::array>> by_dtype;
-  size_t partial_count = 0;
-  for (size_t i = 0; i + 1 < inputs.size(); ++i) {
+void SumsOfSquares::eval_gpu(const Arrays& inputs, Arrays& outputs) {
+  const auto& s = stream();
+  auto* last_kernel = build(s, "sums_and_norm", [] { return sums_source; });
+  // A launch takes arrays of one dtype.
+  std::map<mx::Dtype::Val, std::vector<size_t>> by_dtype;
+  const size_t count = inputs.size() - 1;
+  std::vector<uint32_t> first = {0};  // partial sum of each array
+  for (size_t i = 0; i < count; ++i) {
     if (inputs[i].size() > 0) {
-      by_dtype[inputs[i].dtype().val()].push_back(inputs[i]);
-      partial_count += (inputs[i].size() + tile_size - 1) / tile_size;
+      by_dtype[inputs[i].dtype().val()].push_back(i);
     }
+    first.push_back(first.back() +
+                    (inputs[i].size() + tile_size - 1) / tile_size);
   }
   for (auto& output : outputs) {
     allocate(output);
   }
   // At least one, so that there is a buffer to bind when all arrays are empty.
-  mx::array partials({static_cast<int>(std::max<size_t>(partial_count, 1))},
+  mx::array partials({static_cast<int>(std::max(first.back(), 1u))},
                      mx::float32, nullptr, {});
   allocate(partials);
-  auto& encoder = mx::metal::get_command_encoder(stream());
+  mx::array firsts({static_cast<int>(count) + 1}, mx::uint32, nullptr, {});
+  allocate(firsts);
+  std::copy(first.begin(), first.end(), firsts.data<uint32_t>());
+  auto& encoder = mx::metal::get_command_encoder(s);
   encoder.add_temporary(partials);
+  encoder.add_temporary(firsts);
 
-  uint32_t first_partial = 0;
-  for (const auto& [dtype, arrays] : by_dtype) {
-    auto* kernel = pipeline(stream(), global_norm_source, "sum_of_squares",
-                            {metal_type(arrays[0].dtype())});
-    for (size_t first = 0; first < arrays.size();
-         first += max_norm_group_size) {
-      const size_t count = std::min(max_norm_group_size, arrays.size() - first);
+  for (const auto& [val, indices] : by_dtype) {
+    const auto dtype = inputs[indices[0]].dtype();
+    auto* kernel = build(s, sums_kernel_name(dtype),
+                         [&] { return sums_kernel_source(dtype); });
+    for (size_t start = 0; start < indices.size(); start += max_sums_group) {
+      const size_t tensors =
+          std::min<size_t>(max_sums_group, indices.size() - start);
       Launch launch;
-      std::vector<mx::array> group;
-      for (size_t i = first; i < first + count; ++i) {
-        group.push_back(add_gradient(launch, arrays[i],
-                                     is_vectorizable(arrays[i]), stream()));
+      Arrays group;
+      for (size_t i = start; i < start + tensors; ++i) {
+        const auto& in = inputs[indices[i]];
+        LaunchTensor description{};
+        description.vectorized = is_vectorizable(in);
+        description.first_partial = first[indices[i]];
+        group.push_back(add_gradient(launch, in, description, s));
       }
       encoder.set_compute_pipeline_state(kernel);
-      for (size_t place = 0; place < max_norm_group_size; ++place) {
-        encoder.set_input_array(group[place < count ? place : 0], place);
+      for (size_t place = 0; place < max_sums_group; ++place) {
+        encoder.set_input_array(group[place < tensors ? place : 0], place);
       }
-      encoder.set_output_array(partials, 24);
-      encoder.set_bytes(first_partial, 25);
-      launch.bind(encoder, 26, 27, 28);
-      encoder.dispatch_threadgroups(MTL::Size(launch.tiles(), 1, 1),
-                                    MTL::Size(tile_threads, 1, 1));
-      first_partial += launch.tiles();
+      encoder.set_output_array(partials, partials_buffer);
+      launch.dispatch(encoder, sums_tensors, sums_walks);
     }
   }
 
   const size_t threads = std::min<size_t>(
-      norm_threads, final_kernel->maxTotalThreadsPerThreadgroup());
-  encoder.set_compute_pipeline_state(final_kernel);
+      sums_threads, last_kernel->maxTotalThreadsPerThreadgroup());
+  encoder.set_compute_pipeline_state(last_kernel);
   encoder.set_input_array(partials, 0);
-  encoder.set_bytes(first_partial, 1);
-  encoder.set_input_array(inputs.back(), 2);
-  encoder.set_output_array(outputs[0], 3);
-  encoder.set_output_array(outputs[1], 4);
+  encoder.set_input_array(firsts, 1);
+  encoder.set_bytes(static_cast<uint32_t>(count), 2);
+  encoder.set_input_array(inputs.back(), 3);
+  for (int i = 0; i < 3; ++i) {
+    encoder.set_output_array(outputs[i], 4 + i);
+  }
   encoder.dispatch_threadgroups(MTL::Size(1, 1, 1), MTL::Size(threads, 1, 1));
 }
 

@@ -1,21 +1,20 @@
 // What stands for the Metal code where there is none.
 #include <stdexcept>
 
-#include "../primitives.h"
-#include "backend.h"
+#include "graph/fused_update.h"
+#include "graph/sums_of_squares.h"
+#include "metal/backend.h"
 
 namespace mlx_fused {
 
 bool runs_metal(const mx::Stream&) { return false; }
 
-void FusedUpdate::eval_gpu(const std::vector<mx::array>&,
-                           std::vector<mx::array>&) {
+void FusedUpdate::eval_gpu(const Arrays&, Arrays&) {
   throw std::runtime_error("[FusedUpdate] built without Metal.");
 }
 
-void GlobalNorm::eval_gpu(const std::vector<mx::array>&,
-                          std::vector<mx::array>&) {
-  throw std::runtime_error("[GlobalNorm] built without Metal.");
+void SumsOfSquares::eval_gpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[SumsOfSquares] built without Metal.");
 }
 
 }  // namespace mlx_fused

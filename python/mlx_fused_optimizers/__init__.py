@@ -21,6 +21,7 @@ from .optimizers import (  # noqa: E402
     Adam,
     Adamax,
     AdamW,
+    AdEMAMix,
     Lion,
     MultiOptimizer,
     Muon,
@@ -41,6 +42,7 @@ from .schedulers import (  # noqa: E402
 
 __all__ = [
     "SGD",
+    "AdEMAMix",
     "AdaDelta",
     "Adafactor",
     "Adagrad",

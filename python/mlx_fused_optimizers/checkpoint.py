@@ -24,7 +24,7 @@ import mlx.nn as nn
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from . import _ext
+from ._kernels import kernels
 
 __all__ = ["load", "save"]
 
@@ -399,7 +399,7 @@ def _commit(
 ) -> None:
     """All or, if an interrupt comes, nothing."""
     parameters_before = _parameters(model)
-    state_before = _ext.Snapshot(optimizer.state)
+    state_before = kernels.Snapshot(optimizer.state)
     flags_before = [(o, o._initialized) for o in _parts(optimizer)]
     try:
         _assign(model, parameters)

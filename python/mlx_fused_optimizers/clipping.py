@@ -5,8 +5,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from . import _ext
-from .optimizers.base import FUSED_DTYPES
+from ._kernels import kernels
+from .optimizers.base import FUSED_DTYPES, measure
 
 
 def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.array]:
@@ -40,7 +40,7 @@ def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.arra
     """
     if max_norm < 0:
         raise ValueError(f"max_norm should be >=0, {max_norm} was provided instead")
-    leaves = _ext.Leaves(grads)
+    leaves = kernels.Leaves(grads)
     dtypes = leaves.dtypes()
     if (
         getattr(max_norm, "ndim", 0) > 0
@@ -49,7 +49,7 @@ def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.arra
     ):
         clipped, norm = stock.clip_grad_norm(grads, max_norm)
         return clipped, norm
-    norm, factor = leaves.global_norm(mx.array(max_norm, mx.float32))
+    norm, factor = measure(leaves.gradients, max_norm)
     if dtypes == [mx.bfloat16]:
         norm = norm.astype(mx.bfloat16)
-    return leaves.replace(_ext.scale(leaves.gradients, factor)), norm
+    return leaves.replace(kernels.scale(leaves.gradients, factor)), norm

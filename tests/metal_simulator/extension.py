@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 from . import library, library_path
 
@@ -15,18 +14,13 @@ from . import library, library_path
 @contextmanager
 def simulated() -> Iterator[None]:
     """The package on the simulated extension, in place of its own."""
-    import mlx_fused_optimizers.clipping as clipping
-    from mlx_fused_optimizers.optimizers import base
+    from mlx_fused_optimizers._kernels import using
 
-    kernels: Any = extension()
+    kernels = extension()
     if kernels is None:
         raise RuntimeError("the simulator is not built; run: make simulator")
-    usual = base._ext
-    base._ext = clipping._ext = kernels
-    try:
+    with using(kernels):
         yield
-    finally:
-        base._ext = clipping._ext = usual
 
 
 @cache

@@ -3,6 +3,7 @@
 from .adafactor import Adafactor
 from .adam import Adam, Adamax, AdamW
 from .adaptive import AdaDelta, Adagrad, RMSprop
+from .ademamix import AdEMAMix
 from .base import FusedOptimizer, Optimizer
 from .lion import Lion
 from .multi import MultiOptimizer
@@ -11,6 +12,7 @@ from .sgd import SGD
 
 __all__ = [
     "SGD",
+    "AdEMAMix",
     "AdaDelta",
     "Adafactor",
     "Adagrad",

@@ -7,19 +7,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from . import base
-from .base import (
-    FUSED_DTYPES,
-    DecayOptions,
-    FusedOptimizer,
-    FusedRule,
-    LearningRate,
-)
+from .._kernels import kernels
+from .base import FUSED_DTYPES, Clip, FusedOptimizer, LearningRate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .. import _ext
+    from .._ext import Leaves
+    from .options import DecayOptions
 
 
 class Adafactor(FusedOptimizer, stock.Adafactor):
@@ -63,14 +58,7 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
             ignore ``learning_rate``. Default: ``True``
         warmup_init (bool, optional): Let the relative step size grow from zero.
             Default: ``False``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
-        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
-            parameter decays; see :func:`decay_matrices_only`. Default: all do
+        {options}
 
     Raises:
         ValueError: If ``max_grad_norm`` is negative.
@@ -103,86 +91,89 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         )
         self._set_options(**options)
 
-    def _compute_rms(self, inputs: mx.array) -> mx.array:
-        if inputs.dtype not in FUSED_DTYPES:
-            rms: mx.array = super()._compute_rms(inputs)
-            return rms
-        # Without an array of squares.
-        norm, _ = base._ext.global_norm([inputs], mx.array(1.0))
-        root: mx.array = norm / max(inputs.size, 1) ** 0.5
-        return root.astype(inputs.dtype)
+    def _rule(self) -> str:
+        return "Adafactor" if self.beta_1 is None else "AdafactorWithMoment"
 
-    def _update_leaves(
-        self,
-        leaves: _ext.Leaves,
-        indices: list[int] | None,
-        scale: mx.array | None,
-        weight_decay: Any,
-    ) -> None:
-        if self.beta_1 is None:
-            rule = FusedRule("adafactor", (weight_decay,), ())
-        else:
-            rule = FusedRule(
-                "adafactor_with_moment",
-                (self.beta_1, 1 - self.beta_1, weight_decay),
-                ("exp_avg",),
-            )
-        trees = leaves.gradients, leaves.parameters, leaves.states
-        for i in range(len(leaves)) if indices is None else indices:
-            gradient, parameter, state = (tree[i] for tree in trees)
-            if not self._has_kernel(rule, gradient, parameter, state):
-                self._compose(leaves, [i], scale, weight_decay)
-                continue
-            if parameter.size == 0:  # MLX 0.32.4 may not return from its reductions
-                leaves.set(i, parameter, {})
-                continue
-            state = {key: self._cast(value) for key, value in state.items()}
-            rms = self._compute_rms(parameter)
+    def _hyperparameters(self) -> dict[str, Any]:
+        decay = {"weight_decay": self.weight_decay}
+        return decay if self.beta_1 is None else {"beta1": self.beta_1, **decay}
+
+    def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
+        sets, set_of = self._sets(leaves)
+        # MLX 0.32.4 may not return from reductions of arrays without elements.
+        chosen = [i for i, p in enumerate(leaves.parameters) if p.size > 0]
+        for i in reversed(chosen):
+            state_dtype = self._promote(leaves, i)
+            rms = _root_mean_square(leaves.parameters[i])
             learning_rate = self._compute_learning_rate(self.step, rms)
-            direction, change = self._direction(gradient, state, rms.dtype, scale)
-            direction_rms = self._compute_rms(direction)
-            step_size = learning_rate
-            if scale is not None:  # it is folded in where the direction is used
-                direction_rms = direction_rms * mx.abs(scale)
-                step_size = step_size * mx.abs(scale)
-            step_size = step_size / mx.maximum(1.0, direction_rms / self.clip_threshold)
-            if scale is not None:
-                skip = scale < 0
-                step_size = mx.where(skip, -1.0, step_size)
-                change = {k: mx.where(skip, state[k], x) for k, x in change.items()}
-            (result,), moments = self._fused(
-                rule, [parameter], [direction], [state], step_size, learning_rate
+            direction = self._direction(leaves, i, clip, state_dtype)
+            leaves.set_gradient(i, direction)
+            step_size = learning_rate / mx.maximum(
+                1.0, _root_mean_square(direction) / self.clip_threshold
             )
-            if moments:
-                change["exp_avg"] = moments[0][0]
-            leaves.set(i, result, change)
+            self._run(
+                leaves,
+                self._rule(),
+                sets,
+                sets=None if set_of is None else [set_of[i]],
+                learning_rate=learning_rate,
+                gradient_scale=step_size,
+                skip=clip.skip,
+                indices=[i],
+                state_dtype=state_dtype,
+            )
+
+    def _promote(self, leaves: Leaves, i: int) -> mx.Dtype | None:
+        """The dtype that a leaf's state takes, after its parameter is widened.
+
+        None, and nothing done, where upstream's promotions are to happen by themselves.
+        """
+        parameter, state = leaves.parameters[i], leaves.states[i]
+        dtypes = {x.dtype for x in (leaves.gradients[i], parameter, *state.values())}
+        if not dtypes <= {*FUSED_DTYPES}:
+            return None
+        if self.state_dtype is not None:
+            return self.state_dtype
+        dtype = dtypes.pop() if len(dtypes) == 1 else mx.float32
+        if parameter.dtype != dtype:
+            leaves.set_parameter(i, parameter.astype(dtype))
+        return dtype
 
     def _direction(
-        self,
-        gradient: mx.array,
-        state: dict[str, mx.array],
-        dtype: mx.Dtype,
-        scale: mx.array | None,
-    ) -> tuple[mx.array, dict[str, mx.array]]:
-        """The gradient over the root of its running mean square, and those means.
+        self, leaves: Leaves, i: int, clip: Clip, state_dtype: mx.Dtype | None
+    ) -> mx.array:
+        """The gradient over the root of its running mean square.
 
-        The means are those of the scaled gradient; the gradient itself is not scaled.
+        The means of the scaled gradient become the leaf's state.
         """
-        beta_2 = 1.0 - (self.step**self.decay_rate).astype(dtype)
-
-        square = mx.square(gradient) + self.eps[0]
+        gradient, state = leaves.gradients[i], leaves.states[i]
+        if clip.scale is not None:
+            gradient = gradient * clip.scale
+        beta_2 = 1.0 - self.step**self.decay_rate
+        square = mx.square(gradient.astype(mx.float32)) + self.eps[0]
 
         def running(key: str, mean: mx.array) -> mx.array:
-            if scale is not None:
-                mean = mean * mx.square(scale)
-            mean = beta_2 * state[key] + (1 - beta_2) * mean
-            return mean if scale is None else mean.astype(state[key].dtype)
+            before = self._cast(state[key])
+            mean = beta_2 * before + (1 - beta_2) * mean
+            after = mean if state_dtype is None else mean.astype(state_dtype)
+            if clip.skip is not None:
+                after = mx.where(clip.skip, before, after)
+            leaves.set_state(i, key, after)
+            return mean
 
         if gradient.ndim < 2:
-            mean = running("exp_avg_sq", square)
-            return mx.rsqrt(mean) * gradient, {"exp_avg_sq": mean}
-        means = {
-            "exp_avg_sq_row": running("exp_avg_sq_row", mx.mean(square, axis=-1)),
-            "exp_avg_sq_col": running("exp_avg_sq_col", mx.mean(square, axis=-2)),
-        }
-        return self._approximate_exp_moving_avg(*means.values()) * gradient, means
+            inverse_root = mx.rsqrt(running("exp_avg_sq", square))
+        else:
+            rows = running("exp_avg_sq_row", mx.mean(square, axis=-1))
+            columns = running("exp_avg_sq_col", mx.mean(square, axis=-2))
+            inverse_root = self._approximate_exp_moving_avg(rows, columns)
+        direction: mx.array = inverse_root * gradient
+        return direction
+
+
+def _root_mean_square(x: mx.array) -> mx.array:
+    if x.dtype not in FUSED_DTYPES:
+        return mx.sqrt(mx.mean(mx.square(x)))
+    # Without an array of squares.
+    sums, _, _ = kernels.sums_of_squares([x], mx.array(1.0))
+    return mx.sqrt(sums.squeeze() / x.size)

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.optimizers as stock
 
-from .base import DecayOptions, FusedOptimizer, FusedOptions, FusedRule, LearningRate
+from .base import FusedOptimizer, LearningRate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from .options import DecayOptions, FusedOptions
 
 
 class Adam(FusedOptimizer, stock.Adam):
@@ -36,12 +38,7 @@ class Adam(FusedOptimizer, stock.Adam):
             Default: ``1e-8``
         bias_correction (bool, optional): If set to ``True``, bias correction is
             applied. Default: ``False``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
+        {options}
 
     Raises:
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
@@ -58,22 +55,13 @@ class Adam(FusedOptimizer, stock.Adam):
         stock.Adam.__init__(self, learning_rate, cast(Any, betas), eps, bias_correction)
         self._set_options(**options)
 
-    def _rule(self, weight_decay: Any) -> FusedRule:
-        return self._adam_rule(0.0)
+    def _rule(self) -> str:
+        return "AdamBiasCorrected" if self.bias_correction else "Adam"
 
-    def _adam_rule(self, weight_decay: Any) -> FusedRule:
+    def _hyperparameters(self) -> dict[str, Any]:
         beta1, beta2 = self.betas
-        return FusedRule(
-            "adam",
-            (
-                *(beta1, 1 - beta1),
-                *(beta2, 1 - beta2),
-                self.eps,
-                weight_decay,
-                self.bias_correction,
-            ),
-            ("m", "v"),
-        )
+        values = {"beta1": beta1, "beta2": beta2, "eps": self.eps}
+        return {**values, "weight_decay": getattr(self, "weight_decay", 0.0)}
 
 
 class AdamW(Adam, stock.AdamW):
@@ -102,14 +90,7 @@ class AdamW(Adam, stock.AdamW):
             Default: ``0.01``
         bias_correction (bool, optional): If set to ``True``, bias correction is
             applied. Default: ``False``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
-        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
-            parameter decays; see :func:`decay_matrices_only`. Default: all do
+        {options}
 
     Raises:
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
@@ -128,9 +109,6 @@ class AdamW(Adam, stock.AdamW):
             self, learning_rate, cast(Any, betas), eps, weight_decay, bias_correction
         )
         self._set_options(**options)
-
-    def _rule(self, weight_decay: Any) -> FusedRule:
-        return self._adam_rule(weight_decay)
 
 
 class Adamax(Adam, stock.Adamax):
@@ -154,12 +132,7 @@ class Adamax(Adam, stock.Adamax):
             the exponentially weighted infinity norm. Default: ``(0.9, 0.999)``
         eps (float, optional): The term :math:`\epsilon` added to the denominator.
             Default: ``1e-8``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
+        {options}
 
     Raises:
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
@@ -175,6 +148,9 @@ class Adamax(Adam, stock.Adamax):
         stock.Adamax.__init__(self, learning_rate, cast(Any, betas), eps)
         self._set_options(**options)
 
-    def _rule(self, weight_decay: Any) -> FusedRule:
+    def _rule(self) -> str:
+        return "Adamax"
+
+    def _hyperparameters(self) -> dict[str, Any]:
         beta1, beta2 = self.betas
-        return FusedRule("adamax", (beta1, 1 - beta1, beta2, self.eps), ("m", "v"))
+        return {"beta1": beta1, "beta2": beta2, "eps": self.eps}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.optimizers as stock
 
-from .base import FusedOptimizer, FusedOptions, FusedRule, LearningRate
+from .base import FusedOptimizer, LearningRate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from .options import FusedOptions
 
 
 class RMSprop(FusedOptimizer, stock.RMSprop):
@@ -31,16 +33,13 @@ class RMSprop(FusedOptimizer, stock.RMSprop):
             Default: ``0.99``
         eps (float, optional): The term :math:`\epsilon` added to the denominator.
             Default: ``1e-8``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
+        {options}
 
     Raises:
         ValueError: If ``alpha`` is negative or ``eps`` is not positive.
     """
+
+    rule = "RMSprop"
 
     def __init__(
         self,
@@ -51,9 +50,6 @@ class RMSprop(FusedOptimizer, stock.RMSprop):
     ) -> None:
         stock.RMSprop.__init__(self, learning_rate, alpha, eps)
         self._set_options(**options)
-
-    def _rule(self, weight_decay: Any) -> FusedRule:
-        return FusedRule("rmsprop", (self.alpha, 1 - self.alpha, self.eps), ("v",))
 
 
 class Adagrad(FusedOptimizer, stock.Adagrad):
@@ -73,16 +69,13 @@ class Adagrad(FusedOptimizer, stock.Adagrad):
         learning_rate (float or callable): The learning rate :math:`\lambda`.
         eps (float, optional): The term :math:`\epsilon` added to the denominator.
             Default: ``1e-8``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
+        {options}
 
     Raises:
         ValueError: If ``eps`` is not positive.
     """
+
+    rule = "Adagrad"
 
     def __init__(
         self,
@@ -92,9 +85,6 @@ class Adagrad(FusedOptimizer, stock.Adagrad):
     ) -> None:
         stock.Adagrad.__init__(self, learning_rate, eps)
         self._set_options(**options)
-
-    def _rule(self, weight_decay: Any) -> FusedRule:
-        return FusedRule("adagrad", (self.eps,), ("v",))
 
 
 class AdaDelta(FusedOptimizer, stock.AdaDelta):
@@ -117,16 +107,13 @@ class AdaDelta(FusedOptimizer, stock.AdaDelta):
             Default: ``0.9``
         eps (float, optional): The term :math:`\epsilon` that keeps the square roots
             from zero. Default: ``1e-6``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
+        {options}
 
     Raises:
         ValueError: If ``rho`` is negative or ``eps`` is not positive.
     """
+
+    rule = "AdaDelta"
 
     def __init__(
         self,
@@ -137,6 +124,3 @@ class AdaDelta(FusedOptimizer, stock.AdaDelta):
     ) -> None:
         stock.AdaDelta.__init__(self, learning_rate, rho, eps)
         self._set_options(**options)
-
-    def _rule(self, weight_decay: Any) -> FusedRule:
-        return FusedRule("adadelta", (self.rho, 1 - self.rho, self.eps), ("v", "u"))

@@ -3,55 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten
 
-from .. import _ext
+from .._kernels import kernels
+from .options import StepOptions, WeightDecayFilter, documented
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .._ext import Leaves
+    from .options import DecayOptions
+
 FUSED_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 LearningRate = float | Callable[[mx.array], mx.array]
-WeightDecayFilter = Callable[[str, mx.array], bool]
-
-
-class StepOptions(TypedDict, total=False):
-    """Keyword arguments that every optimizer takes beyond upstream's."""
-
-    max_grad_norm: float | None
-    skip_nonfinite: bool
-
-
-class FusedOptions(StepOptions, total=False):
-    """Those of the optimizers that have state of their own kind."""
-
-    state_dtype: mx.Dtype | None
-
-
-class DecayOptions(FusedOptions, total=False):
-    """Those of the optimizers that have weight decay."""
-
-    weight_decay_filter: WeightDecayFilter | None
 
 
 class Clip(NamedTuple):
     """What the norm of the gradients makes of a step; all on the device."""
 
     norm: mx.array | None = None
-    scale: mx.array | None = None  # of every gradient; negative: change nothing
-    finite: mx.array | None = None  # with skip_nonfinite
+    scale: mx.array | None = None  # multiplies every gradient
+    skip: mx.array | None = None  # a bool: nothing changes
 
 
 def paths(tree: Any) -> list[str]:
     """The paths of a tree's leaves, as in ``mlx.utils.tree_flatten``."""
     flat: Any = tree_flatten(tree)
     return [path for path, _ in flat]
+
+
+def as_array(value: Any) -> Any:
+    """An array of what upstream takes in its place: a number, or NumPy's arrays."""
+    is_convertible = isinstance(value, (int, float)) or hasattr(value, "__array__")
+    is_array = isinstance(value, mx.array)
+    return mx.array(value) if is_convertible and not is_array else value
+
+
+def measure(
+    gradients: list[mx.array], max_norm: float | mx.array
+) -> tuple[mx.array, mx.array]:
+    """The global norm of arrays of any dtypes, and the factor that clips it."""
+    if any(g.dtype not in FUSED_DTYPES for g in gradients):
+        gradients = [mx.abs(g).astype(mx.float32) for g in gradients]
+    limit = mx.array(max_norm, mx.float32)
+    _, norm, factor = kernels.sums_of_squares(gradients, limit)
+    return norm, factor
 
 
 class Optimizer(stock.Optimizer):
@@ -67,11 +70,7 @@ class Optimizer(stock.Optimizer):
     Args:
         schedulers (dict, optional): Callables that take the step and give the value
             of the state entry of their name.
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this, as :func:`clip_grad_norm` does. Default: ``None``
-        skip_nonfinite (bool, optional): A step whose gradients' global norm is not
-            finite changes no parameter, no state and no step count, which is decided
-            on the device. Default: ``False``
+        {options}
 
     Raises:
         ValueError: If ``max_grad_norm`` is negative.
@@ -87,6 +86,10 @@ class Optimizer(stock.Optimizer):
     ) -> None:
         super().__init__(schedulers)
         self._set_step_options(**options)
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        documented(cls)
 
     def _set_step_options(
         self, max_grad_norm: float | None = None, skip_nonfinite: bool = False
@@ -153,14 +156,8 @@ class Optimizer(stock.Optimizer):
         if apply_gradients is not Optimizer.apply_gradients:  # a user's own
             model.update(self.apply_gradients(gradients, model))
             return
-        undo = self._remember()
-        before = _ext.Snapshot(model)
-        try:
+        with self._restored_on_error(model):
             model.update(self._step(gradients, model, None))
-        except BaseException:
-            undo()
-            before.restore()
-            raise
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """Apply the gradients to the parameters and return the updated parameters.
@@ -186,10 +183,21 @@ class Optimizer(stock.Optimizer):
             undo()
             raise
 
+    @contextmanager
+    def _restored_on_error(self, model: Any) -> Iterator[None]:
+        undo = self._remember()
+        before = kernels.Snapshot(model)
+        try:
+            yield
+        except BaseException:
+            undo()
+            before.restore()
+            raise
+
     def _remember(self) -> Callable[[], None]:
         """What undoes every change of the optimizer's state from now on."""
         was_initialized = self._initialized
-        before = _ext.Snapshot(self.state)
+        before = kernels.Snapshot(self.state)
 
         def undo() -> None:
             before.restore()
@@ -201,24 +209,24 @@ class Optimizer(stock.Optimizer):
         """One step; clip is given where it was measured over more than these."""
         if not self._initialized:
             self.init(gradients)
-        leaves = _ext.Leaves(gradients, parameters, self.state)
+        leaves = kernels.Leaves(gradients, parameters, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = self._scheduled(name, schedule(self.step))
         if clip is None:
             clip = self._measure(leaves)
             self._record(clip)
         step = self.step + 1
-        if clip.finite is not None:
-            step = mx.where(clip.finite, step, self.step)
+        if clip.skip is not None:
+            step = mx.where(clip.skip, self.step, step)
         self.state["step"] = step
-        return self._apply_leaves(leaves, clip.scale)
+        return self._apply_leaves(leaves, clip)
 
     def _record(self, clip: Clip) -> None:
         state = self.state
         if clip.norm is not None:
             state["grad_norm"] = clip.norm
-        if clip.finite is not None:
-            state["skipped_steps"] = state["skipped_steps"] + ~clip.finite
+        if clip.skip is not None:
+            state["skipped_steps"] = state["skipped_steps"] + clip.skip
 
     def _scheduled(self, name: str, value: Any) -> Any:
         if isinstance(value, mx.array) and value.size != 1:
@@ -229,26 +237,20 @@ class Optimizer(stock.Optimizer):
         # A Python number too: upstream takes only arrays.
         return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
 
-    def _measure(self, leaves: _ext.Leaves) -> Clip:
+    def _measure(self, leaves: Leaves) -> Clip:
         if not self._needs_norm():
             return Clip()
-        limit = mx.array(math.inf if self.max_grad_norm is None else self.max_grad_norm)
-        dtypes = leaves.dtypes()
-        if dtypes is None:
+        if leaves.dtypes() is None:
             raise self._bad_gradient(leaves)
-        if all(dtype in FUSED_DTYPES for dtype in dtypes):
-            norm, factor = leaves.global_norm(limit)
-        else:
-            magnitudes = [mx.abs(g).astype(mx.float32) for g in leaves.gradients]
-            norm, factor = _ext.global_norm(magnitudes, limit)
-        if self.max_grad_norm is None:
-            factor = mx.array(1.0)
-        if not self.skip_nonfinite:
-            return Clip(norm, factor)
-        finite = mx.isfinite(norm)
-        return Clip(norm, mx.where(finite, factor, -1.0), finite)
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm, factor = measure(leaves.gradients, limit)
+        return Clip(
+            norm,
+            None if self.max_grad_norm is None else factor,
+            ~mx.isfinite(norm) if self.skip_nonfinite else None,
+        )
 
-    def _bad_gradient(self, leaves: _ext.Leaves) -> TypeError:
+    def _bad_gradient(self, leaves: Leaves) -> TypeError:
         path, gradient = next(
             (path, gradient)
             for path, gradient in zip(paths(leaves.tree), leaves.gradients, strict=True)
@@ -259,53 +261,60 @@ class Optimizer(stock.Optimizer):
             f"{type(gradient).__name__}; expected an mx.array"
         )
 
-    def _apply_leaves(self, leaves: _ext.Leaves, scale: mx.array | None) -> Any:
+    def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
         """The updated parameters' tree; states get their new entries."""
-        updated = []
-        for leaf in zip(
-            leaves.gradients, leaves.parameters, leaves.states, strict=True
-        ):
-            updated.append(self._apply_one(self.apply_single, *leaf, scale))
-        return leaves.replace(updated)
+        named = zip(
+            paths(leaves.tree),
+            leaves.gradients,
+            leaves.parameters,
+            leaves.states,
+            strict=True,
+        )
+        return leaves.replace([self._apply_one(*leaf, clip) for leaf in named])
 
     def _apply_one(
-        self,
-        apply_single: Callable[..., Any],
-        gradient: Any,
-        parameter: Any,
-        state: Any,
-        scale: mx.array | None,
+        self, path: str, gradient: Any, parameter: Any, state: Any, clip: Clip
     ) -> Any:
-        """The updated parameter; its state gets its new entries."""
-        if scale is None:
-            return apply_single(gradient, parameter, state)
+        """The updated parameter, by the user's apply_single."""
+        if clip.scale is not None:
+            gradient = (gradient * clip.scale).astype(gradient.dtype)
+        if clip.skip is None:
+            return self.apply_single(gradient, parameter, state)
         before = dict(state)
-        scaled = (gradient * scale).astype(gradient.dtype)
-        updated = apply_single(scaled, parameter, state)
-        skip = scale < 0
+        updated = self.apply_single(gradient, parameter, state)
         for key, value in before.items():
-            state[key] = mx.where(skip, value, state[key])
-        return mx.where(skip, parameter, updated)
+            state[key] = mx.where(clip.skip, value, state[key])
+        return mx.where(clip.skip, parameter, updated)
 
 
-class FusedRule(NamedTuple):
-    """What an optimizer is to the extension."""
-
-    name: str  # in csrc/rules.h
-    hyperparameters: tuple[Any, ...]  # in the order of the rule's prepare()
-    state_keys: tuple[str, ...]  # in the order of the rule's states
+documented(Optimizer)
 
 
 class FusedOptimizer(Optimizer):
     """An optimizer whose update is a rule of ``metal/update_rules.h``.
 
-    A class lists ``mlx.optimizers``' own class as its second base. That one gives
-    the checks of the constructor, ``init_single``, and the update by plain MLX
-    operations for what no kernel covers.
+    A class names its rule in ``rule``; the rule's hyper-parameters are attributes of
+    its instances, or what ``_hyperparameters`` returns, and the rule's states are the
+    entries of a parameter's state. One of ``mlx.optimizers`` lists upstream's class as
+    its second base, which gives the constructor's checks and ``init_single``.
+
+    Args:
+        learning_rate (float or callable): The learning rate.
+        **options: As of the optimizers of this package.
     """
 
+    rule: ClassVar[str]
     state_dtype: mx.Dtype | None = None
     weight_decay_filter: WeightDecayFilter | None = None
+    # Whether the parameter decays for which a user's apply_single runs.
+    _decays: bool = True
+
+    def __init__(
+        self, learning_rate: LearningRate, **options: Unpack[DecayOptions]
+    ) -> None:
+        stock.Optimizer.__init__(self)
+        self._maybe_schedule("learning_rate", learning_rate)
+        self._set_options(**options)
 
     def _set_options(
         self,
@@ -335,7 +344,12 @@ class FusedOptimizer(Optimizer):
             state (dict): Gets arrays of the parameter's shape, and of its dtype or
                 ``state_dtype``.
         """
-        super().init_single(parameter, state)
+        inherited = super().init_single
+        if getattr(inherited, "__func__", None) is stock.Optimizer.init_single:
+            for key in kernels.states(self._rule()):
+                state[key] = mx.zeros_like(parameter)
+        else:
+            inherited(parameter, state)
         for key, value in state.items():
             state[key] = self._cast(value)
 
@@ -344,8 +358,26 @@ class FusedOptimizer(Optimizer):
             return value
         return value.astype(self.state_dtype)
 
-    def _rule(self, weight_decay: Any) -> FusedRule:
-        raise NotImplementedError
+    def _rule(self) -> str:
+        """The rule's name, which may depend on arguments."""
+        return self.rule
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """The values of the rule's hyper-parameters."""
+        names = kernels.hyperparameters(self._rule())
+        return {name: getattr(self, name) for name in names}
+
+    def _sets(self, leaves: Leaves) -> tuple[list[dict[str, Any]], list[int] | None]:
+        """Sets of hyper-parameters, and which each leaf has; None if all the first."""
+        usual = self._hyperparameters()
+        undecayed = {**usual, "weight_decay": 0.0}
+        if self.weight_decay_filter is None or "weight_decay" not in usual:
+            return [usual], None
+        if isinstance(leaves.tree, mx.array):  # apply_single's only one
+            return [usual if self._decays else undecayed], None
+        named = zip(paths(leaves.tree), leaves.parameters, strict=True)
+        decays = [bool(self.weight_decay_filter(*leaf)) for leaf in named]
+        return [usual, undecayed], [0 if x else 1 for x in decays]
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
@@ -360,131 +392,70 @@ class FusedOptimizer(Optimizer):
         Returns:
             array: The updated parameter.
         """
-        leaves = _ext.Leaves(gradient, parameter, state)
-        decay = getattr(self, "weight_decay", 0.0)
-        self._update_leaves(leaves, None, None, decay)
+        leaves = kernels.Leaves(gradient, parameter, state)
+        self._update_leaves(leaves, Clip())
         updated: mx.array = leaves.commit()
         return updated
 
-    def _apply_leaves(self, leaves: _ext.Leaves, scale: mx.array | None) -> Any:
+    def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
         apply_single = getattr(self.apply_single, "__func__", None)
         if apply_single is not FusedOptimizer.apply_single:  # a user's own
-            return super()._apply_leaves(leaves, scale)
+            return super()._apply_leaves(leaves, clip)
         try:
-            for decay, indices in self._decay_groups(leaves):
-                self._update_leaves(leaves, indices, scale, decay)
+            self._update_leaves(leaves, clip)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             self._explain(error, leaves)
             raise
         return leaves.commit()
 
-    def _decay_groups(self, leaves: _ext.Leaves) -> list[tuple[Any, list[int] | None]]:
-        """Weight decays, and the leaves to which each applies; None if to all."""
-        decay = getattr(self, "weight_decay", 0.0)
-        if self.weight_decay_filter is None:
-            return [(decay, None)]
-        groups: dict[bool, list[int]] = {True: [], False: []}
-        named = zip(paths(leaves.tree), leaves.parameters, strict=True)
-        for i, leaf in enumerate(named):
-            groups[bool(self.weight_decay_filter(*leaf))].append(i)
-        return [
-            (decay if decays else 0.0, indices)
-            for decays, indices in groups.items()
-            if indices
-        ]
-
-    def _update_leaves(
-        self,
-        leaves: _ext.Leaves,
-        indices: list[int] | None,
-        scale: mx.array | None,
-        weight_decay: Any,
-    ) -> None:
-        """Compute the leaves of these indices, or all; nothing is changed yet."""
-        rule = self._rule(weight_decay)
-        fits = self._has_scalars(rule) and leaves.fused_update(
-            rule.name,
-            rule.hyperparameters,
-            rule.state_keys,
-            self.state["learning_rate"],
-            self.step,
-            scale,
-            self.state_dtype,
-            indices,
-        )
-        if not fits:
-            self._compose(leaves, indices, scale, weight_decay)
-
-    def _has_scalars(self, rule: FusedRule) -> bool:
-        """Whether the scalars are of types that the extension takes.
-
-        Upstream takes whatever MLX's operators do, such as a learning rate a column.
-        """
-        # Adafactor need not have a learning rate.
-        scalars = (self.state.get("learning_rate", self.step), self.step)
-        return all(isinstance(x, mx.array) and x.ndim == 0 for x in scalars) and all(
-            isinstance(h, (int, float)) for h in rule.hyperparameters
-        )
-
-    def _has_kernel(
-        self, rule: FusedRule, gradient: Any, parameter: Any, state: Any
-    ) -> bool:
-        """Whether everything of a leaf is of a type that the extension takes."""
-        return (
-            self._has_scalars(rule)
-            and isinstance(gradient, mx.array)
-            and isinstance(parameter, mx.array)
-            and all(isinstance(state[key], mx.array) for key in rule.state_keys)
-        )
-
-    def _fused(
-        self,
-        rule: FusedRule,
-        parameters: list[Any],
-        gradients: list[Any],
-        states: list[Any],
-        scale: mx.array | None,
-        learning_rate: mx.array,
-        after: list[mx.array] | None = None,
-    ) -> tuple[list[mx.array], list[list[mx.array]]]:
-        return _ext.fused_update(
-            rule.name,
-            rule.hyperparameters,
-            parameters,
-            gradients,
-            [[self._cast(state[key]) for state in states] for key in rule.state_keys],
-            learning_rate,
-            self.step,
-            scale,
-            keep_dtypes=self.state_dtype is not None,
-            after=after or [],
-        )
-
-    def _compose(
-        self,
-        leaves: _ext.Leaves,
-        indices: list[int] | None,
-        scale: mx.array | None,
-        weight_decay: Any,
-    ) -> None:
-        """The same by upstream's class, for what no kernel covers."""
-        usual = vars(self).get("weight_decay")
-        trees = leaves.gradients, leaves.parameters, leaves.states
+    def _apply_one(
+        self, path: str, gradient: Any, parameter: Any, state: Any, clip: Clip
+    ) -> Any:
+        if self.weight_decay_filter is not None:
+            self._decays = bool(self.weight_decay_filter(path, parameter))
         try:
-            if usual is not None:
-                self.weight_decay = weight_decay  # what upstream's class reads
-            for i in range(len(leaves)) if indices is None else indices:
-                gradient, parameter, state = (tree[i] for tree in trees)
-                changes = dict(state)
-                updated = self._apply_one(
-                    super().apply_single, gradient, parameter, changes, scale
-                )
-                leaves.set(i, updated, changes)
+            return super()._apply_one(path, gradient, parameter, state, clip)
         finally:
-            if usual is not None:
-                self.weight_decay = usual
+            self._decays = True
 
-    def _explain(self, error: Exception, leaves: _ext.Leaves) -> None:
+    def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
+        """Compute what becomes of the leaves; nothing is changed yet."""
+        sets, set_of = self._sets(leaves)
+        self._run(
+            leaves,
+            self._rule(),
+            sets,
+            sets=set_of,
+            learning_rate=as_array(self.state.get("learning_rate")),
+            gradient_scale=clip.scale,
+            skip=clip.skip,
+        )
+
+    def _run(
+        self, leaves: Leaves, rule: str, hyperparameters: Any, **rest: Any
+    ) -> None:
+        """Update leaves by a rule."""
+
+        def run() -> bool:
+            return leaves.update(
+                rule,
+                hyperparameters,
+                step=as_array(self.step),
+                **{"state_dtype": self.state_dtype, **rest},
+            )
+
+        if run():
+            return
+        for i, (parameter, state) in enumerate(
+            zip(leaves.parameters, leaves.states, strict=True)
+        ):
+            leaves.set_parameter(i, as_array(parameter))
+            for key in kernels.states(rule):
+                state[key] = as_array(state[key])
+        if not run():
+            raise TypeError(f"[{type(self).__name__}] expected trees of arrays")
+
+    def _explain(self, error: Exception, leaves: Leaves) -> None:
         """Raise a clearer error, if the leaves tell what is wrong."""
         name = type(self).__name__
         for path, gradient, parameter, state in zip(

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.optimizers as stock
 
-from .base import DecayOptions, FusedOptimizer, FusedRule, LearningRate
+from .base import FusedOptimizer, LearningRate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from .options import DecayOptions
 
 
 class Lion(FusedOptimizer, stock.Lion):
@@ -34,18 +36,13 @@ class Lion(FusedOptimizer, stock.Lion):
             Default: ``(0.9, 0.99)``
         weight_decay (float, optional): The weight decay :math:`\lambda`; one that is
             not positive is none. Default: ``0.0``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
-        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
-            parameter decays; see :func:`decay_matrices_only`. Default: all do
+        {options}
 
     Raises:
         ValueError: If a beta is not in [0, 1).
     """
+
+    rule = "Lion"
 
     def __init__(
         self,
@@ -57,12 +54,7 @@ class Lion(FusedOptimizer, stock.Lion):
         stock.Lion.__init__(self, learning_rate, cast(Any, betas), weight_decay)
         self._set_options(**options)
 
-    def _rule(self, weight_decay: Any) -> FusedRule:
+    def _hyperparameters(self) -> dict[str, Any]:
         beta1, beta2 = self.betas
-        if not weight_decay > 0:
-            weight_decay = 0.0
-        return FusedRule(
-            "lion",
-            (*(beta1, 1 - beta1), *(beta2, 1 - beta2), weight_decay),
-            ("m",),
-        )
+        decay = self.weight_decay if self.weight_decay > 0 else 0.0
+        return {"beta1": beta1, "beta2": beta2, "weight_decay": decay}

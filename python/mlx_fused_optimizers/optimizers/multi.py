@@ -9,11 +9,13 @@ import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_map, tree_merge
 
-from . import base
-from .base import Clip, Optimizer, StepOptions
+from .._kernels import kernels
+from .base import Clip, Optimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from .options import StepOptions
 
 
 class MultiOptimizer(Optimizer, stock.MultiOptimizer):
@@ -25,10 +27,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
     Args:
         optimizers (list[Optimizer]): The optimizers.
         filters (list[Callable[[str, array], bool]]): One fewer than the optimizers.
-        max_grad_norm (float, optional): Scale the gradients so that their global norm,
-            one over all parts, does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps of all parts when that norm is not
-            finite. Needs optimizers of this package. Default: ``False``
+        {options}
 
     Raises:
         ValueError: If the number of filters does not fit, ``max_grad_norm`` is
@@ -92,13 +91,15 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         return undo
 
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
+        is_outermost = clip is None
         if clip is None:
-            clip = self._measure(base._ext.Leaves(gradients))
-            self._record(clip)
+            clip = self._measure(kernels.Leaves(gradients))
         tree: Any = {}
         parts = self._split_dictionary(gradients)
         for optimizer, part in zip(self.optimizers, parts, strict=True):
             tree = tree_merge(tree, self._part(optimizer, part, parameters, clip))
+        if is_outermost:
+            self._record(clip)
         return tree
 
     def _part(
@@ -108,5 +109,6 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
             return optimizer.apply_gradients(gradients, parameters)
         if isinstance(optimizer, Optimizer):
             return optimizer._step(gradients, parameters, clip)
-        scaled = tree_map(lambda g: (g * clip.scale).astype(g.dtype), gradients)
-        return optimizer.apply_gradients(scaled, parameters)
+        if clip.scale is not None:
+            gradients = tree_map(lambda g: (g * clip.scale).astype(g.dtype), gradients)
+        return optimizer.apply_gradients(gradients, parameters)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from .base import (
-    DecayOptions,
-    FusedOptimizer,
-    FusedRule,
-    LearningRate,
-)
+from .base import Clip, FusedOptimizer, LearningRate, as_array
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .. import _ext
+    from .._ext import Leaves
+    from .options import DecayOptions
 
 
 _LARGE = 1 << 18  # elements
@@ -53,14 +49,7 @@ class Muon(FusedOptimizer, stock.Muon):
             Default: ``0.01``
         nesterov (bool, optional): Enables Nesterov momentum. Default: ``True``
         ns_steps (int, optional): Newton-Schulz iterations. Default: ``5``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
-        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
-            parameter decays; see :func:`decay_matrices_only`. Default: all do
+        {options}
 
     Raises:
         ValueError: If ``max_grad_norm`` is negative.
@@ -80,62 +69,41 @@ class Muon(FusedOptimizer, stock.Muon):
         )
         self._set_options(**options)
 
-    def _update_leaves(
-        self,
-        leaves: _ext.Leaves,
-        indices: list[int] | None,
-        scale: mx.array | None,
-        weight_decay: Any,
-    ) -> None:
-        gradients, parameters, states = (
-            leaves.gradients,
-            leaves.parameters,
-            leaves.states,
-        )
-        chosen = list(range(len(leaves))) if indices is None else indices
-        moment = FusedRule(
-            "muon_moment",
-            (self.momentum, 1 - self.momentum, weight_decay, self.nesterov),
-            ("v",),
-        )
-        if not all(
-            self._has_kernel(moment, gradients[i], parameters[i], states[i])
-            for i in chosen
-        ):
-            self._compose(leaves, indices, scale, weight_decay)
-            return
-        skip = None if scale is None else mx.where(scale < 0, -1.0, 1.0)
-        moments: dict[int, mx.array] = {}
-        # The iterations need many times a matrix' memory: one begins when those
-        # before it have ended. Gradients are ready from the last layer to the first.
+    rule = "MuonMoment"
+
+    def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
+        sets, set_of = self._sets(leaves)
+        rate = as_array(self.state["learning_rate"])
+        # The iterations need many times a matrix' memory: one begins when the one
+        # before has ended. Gradients are ready from the last layer to the first.
         after: list[mx.array] = []
-        rates: dict[float, mx.array] = {}
-        for stretch, together in _launches(parameters, chosen):
-            directions = []
+        for together in _launches(leaves.parameters):
             for i in together:
-                # In this rule the gradient is what changes, and the parameter is read.
-                (direction,), ((moments[i],),) = self._fused(
-                    moment,
-                    [gradients[i]],
-                    [parameters[i]],
-                    [states[i]],
-                    scale,
-                    self.learning_rate,
-                    after,
+                # This rule turns the gradient into the direction.
+                self._run(
+                    leaves,
+                    self.rule,
+                    sets,
+                    sets=None if set_of is None else [set_of[i]],
+                    gradient_scale=clip.scale,
+                    skip=clip.skip,
+                    indices=[i],
+                    after=after,
                 )
-                directions.append(self._orthogonalized(direction))
-                after = directions[-1:]
-            results, _ = self._fused(
-                FusedRule("sgd", (0.0,), ()),
-                [parameters[i] for i in together],
-                directions,
-                [],
-                skip,
-                rates.setdefault(stretch, self.learning_rate * stretch),
+                direction = self._orthogonalized(leaves.gradients[i])
+                leaves.set_gradient(i, direction)
+                after = [direction]
+            stretches = [_stretch(leaves.parameters[i]) for i in together]
+            self._run(
+                leaves,
+                "SGD",
+                [{"weight_decay": 0.0}],
+                learning_rate=rate * mx.array(stretches),
+                per_tensor=True,
+                skip=clip.skip,
+                indices=together,
             )
-            for i, result in zip(together, results, strict=True):
-                leaves.set(i, result, {"v": moments[i]})
-            after = results[-1:]
+            after = [leaves.parameters[together[0]]]
 
     def _orthogonalized(self, direction: mx.array) -> mx.array:
         if direction.ndim < 2 or direction.size == 0:
@@ -147,21 +115,22 @@ class Muon(FusedOptimizer, stock.Muon):
         return mx.reshape(matrix, direction.shape)
 
 
-def _launches(
-    parameters: list[Any], indices: list[int]
-) -> Iterator[tuple[float, list[int]]]:
-    """Parameters that are written together, and the factor of their learning rate.
+def _stretch(parameter: mx.array) -> float:
+    """The factor of the learning rate, by the aspect ratio."""
+    if parameter.ndim < 2 or parameter.size == 0:
+        return 1.0
+    rows, columns = parameter.shape[-2:]
+    return float(max(1.0, rows / columns) ** 0.5)
 
-    Few, because their directions are kept until then, and of one aspect ratio.
-    """
-    groups: dict[float, list[int]] = {}
-    for i in reversed(indices):
-        shape = parameters[i].shape
-        is_matrix = len(shape) >= 2 and parameters[i].size > 0
-        stretch = max(1.0, shape[-2] / shape[-1]) ** 0.5 if is_matrix else 1.0
-        group = groups.setdefault(stretch, [])
+
+def _launches(parameters: list[mx.array]) -> Iterator[list[int]]:
+    """Parameters that are written together: few, as their directions wait for it."""
+    group: list[int] = []
+    for i in reversed(range(len(parameters))):
         group.append(i)
         elements = sum(parameters[j].size for j in group)
         if elements >= _LARGE or len(group) == 4:
-            yield stretch, groups.pop(stretch)
-    yield from groups.items()
+            yield group
+            group = []
+    if group:
+        yield group

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.optimizers as stock
 
-from .base import DecayOptions, FusedOptimizer, FusedRule, LearningRate
+from .base import FusedOptimizer, LearningRate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from .options import DecayOptions
 
 
 class SGD(FusedOptimizer, stock.SGD):
@@ -38,14 +40,7 @@ class SGD(FusedOptimizer, stock.SGD):
         dampening (float, optional): Dampening for momentum :math:`\tau`.
             Default: ``0``
         nesterov (bool, optional): Enables Nesterov momentum. Default: ``False``
-        max_grad_norm (float, optional): Scale the gradients so that their global norm
-            does not exceed this. Default: ``None``
-        skip_nonfinite (bool, optional): Skip steps whose gradients' norm is not
-            finite. Default: ``False``
-        state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-            bfloat16; parameters then keep theirs. Default: that of the parameters
-        weight_decay_filter (callable, optional): ``(path, array) -> bool``, whether a
-            parameter decays; see :func:`decay_matrices_only`. Default: all do
+        {options}
 
     Raises:
         ValueError: If ``nesterov`` is set with no momentum or with dampening.
@@ -65,12 +60,11 @@ class SGD(FusedOptimizer, stock.SGD):
         )
         self._set_options(**options)
 
-    def _rule(self, weight_decay: Any) -> FusedRule:
-        if self.momentum <= 0:
-            return FusedRule("sgd", (weight_decay,), ())
-        gradient_weight = 1 - self.dampening if self.dampening > 0 else 1.0
-        return FusedRule(
-            "momentum",
-            (self.momentum, gradient_weight, weight_decay, self.nesterov),
-            ("v",),
-        )
+    def _rule(self) -> str:
+        return "Momentum" if self.momentum > 0 else "SGD"
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        values = super()._hyperparameters()
+        if self.momentum > 0:
+            values["dampening"] = max(self.dampening, 0.0)
+        return values

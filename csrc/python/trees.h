@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "mlx/array.h"
+#include "plan.h"
 
 // The extension's name. The simulated one may be loaded beside it, and nanobind
 // tells types apart by their names.
@@ -26,7 +27,7 @@ namespace mx = mlx::core;
 inline namespace MLX_FUSED_MODULE {
 
 // The leaves of a step's trees, collected in one walk, and what the step makes
-// of them.
+// of them. Several updates may follow one another on the same leaves.
 class Leaves {
  public:
   // Parameters and state are trees of the gradients' structure or supersets of
@@ -43,22 +44,17 @@ class Leaves {
   // The distinct dtypes of the gradients, or None if something is no array.
   nb::object dtypes() const;
 
-  // As mlx_fused::global_norm, of the gradients.
-  std::pair<mx::array, mx::array> global_norm(const mx::array& max_norm) const;
+  // Updates the leaves of these indices, or all: replaces what the rule writes.
+  // States are the entries of the leaves' dicts that have the rule's names; in
+  // state_dtype, if given. False, and nothing is done, if something is no
+  // array.
+  bool update(Request request, const std::optional<mx::Dtype>& state_dtype,
+              const std::optional<std::vector<size_t>>& indices);
 
-  // Updates the leaves of these indices, or all, by a rule whose states are the
-  // entries keys of the leaves' dicts; in state_dtype, if given. False, and
-  // nothing is done, if something is no array.
-  bool fused_update(const std::string& rule,
-                    const std::vector<double>& hyperparameters,
-                    const std::vector<nb::str>& keys,
-                    const mx::array& learning_rate, const mx::array& step,
-                    const std::optional<mx::array>& gradient_scale,
-                    const std::optional<mx::Dtype>& state_dtype,
-                    const std::optional<std::vector<size_t>>& indices);
-
-  // What another way of computing it made of a leaf.
-  void set(size_t index, nb::object parameter, nb::dict changes);
+  // What other ways of computing it made of a leaf.
+  void set_gradient(size_t index, nb::object value);
+  void set_parameter(size_t index, nb::object value);
+  void set_state(size_t index, nb::object key, nb::object value);
 
   // Writes all changes into the states' dicts: into the very array objects that
   // nobody but the dict refers to, as for `a += b`. Returns the updated
@@ -74,13 +70,12 @@ class Leaves {
 
   nb::object tree_;
   std::vector<nb::object> gradients_, parameters_, states_;
-  std::vector<nb::object> updated_;
   struct Change {
     size_t index;
     nb::object key;
     std::variant<mx::array, nb::object> value;
   };
-  std::vector<Change> changes_;
+  std::vector<Change> changes_;  // of the states
 };
 
 // What a tree's dicts and lists hold now, to be given back to the same objects.

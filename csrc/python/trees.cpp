@@ -1,10 +1,9 @@
-#include "trees.h"
+#include "python/trees.h"
 
 #include <algorithm>
 #include <numeric>
 
 #include "mlx/ops.h"
-#include "ops.h"
 
 namespace mlx_fused {
 
@@ -99,7 +98,6 @@ nb::object with_leaves(nb::handle tree, const std::vector<nb::object>& leaves,
 Leaves::Leaves(nb::object gradients, nb::object parameters, nb::object state)
     : tree_(std::move(gradients)) {
   collect(tree_, std::move(parameters), std::move(state));
-  updated_.resize(size());
 }
 
 void Leaves::collect(nb::handle gradients, nb::object parameters,
@@ -148,75 +146,81 @@ nb::object Leaves::dtypes() const {
   return result;
 }
 
-std::pair<mx::array, mx::array> Leaves::global_norm(
-    const mx::array& max_norm) const {
-  Arrays arrays;
-  for (const auto& gradient : gradients_) {
-    arrays.push_back(nb::cast<mx::array>(gradient));
-  }
-  return mlx_fused::global_norm(arrays, max_norm);
-}
-
-bool Leaves::fused_update(const std::string& rule,
-                          const std::vector<double>& hyperparameters,
-                          const std::vector<nb::str>& keys,
-                          const mx::array& learning_rate, const mx::array& step,
-                          const std::optional<mx::array>& gradient_scale,
-                          const std::optional<mx::Dtype>& state_dtype,
-                          const std::optional<std::vector<size_t>>& indices) {
+bool Leaves::update(Request request,
+                    const std::optional<mx::Dtype>& state_dtype,
+                    const std::optional<std::vector<size_t>>& indices) {
   std::vector<size_t> chosen(indices ? indices->size() : size());
   if (indices) {
     chosen = *indices;
   } else {
     std::iota(chosen.begin(), chosen.end(), 0);
   }
-  Arrays parameters, gradients;
-  std::vector<Arrays> states(keys.size());
-  parameters.reserve(chosen.size());
-  gradients.reserve(chosen.size());
+  const auto& rule = request.rule;
+  const bool reads_parameter = rule.slots.front().role == Role::parameter;
+  Tensors tensors;
+  const auto collect_into = [](Arrays& arrays, nb::handle object) {
+    if (object && is_array(object)) {
+      arrays.push_back(array_of(object));
+      return true;
+    }
+    return false;
+  };
+  tensors.gradients.reserve(chosen.size());
+  tensors.parameters.reserve(chosen.size());
   for (const size_t i : chosen) {
-    if (!is_array(parameters_.at(i)) || !is_array(gradients_[i])) {
+    if (!collect_into(tensors.gradients, gradients_.at(i)) ||
+        (reads_parameter &&
+         !collect_into(tensors.parameters, parameters_[i]))) {
       return false;
     }
-    parameters.push_back(array_of(parameters_[i]));
-    gradients.push_back(array_of(gradients_[i]));
   }
-  for (size_t k = 0; k < keys.size(); ++k) {
-    states[k].reserve(chosen.size());
+  std::vector<nb::str> keys;
+  for (const auto& name : rule.states) {
+    keys.emplace_back(name.c_str());
+    auto& state = tensors.states.emplace_back();
+    state.reserve(chosen.size());
     for (const size_t i : chosen) {
-      const auto state = entry(states_[i], keys[k]);
-      if (!state || !is_array(state)) {
+      if (!collect_into(state, entry(states_[i], keys.back()))) {
         return false;
       }
-      const auto& value = array_of(state);
-      states[k].push_back(state_dtype && value.dtype() != *state_dtype
-                              ? mx::astype(value, *state_dtype)
-                              : value);
+      if (state_dtype && state.back().dtype() != *state_dtype) {
+        state.back() = mx::astype(state.back(), *state_dtype);
+      }
     }
   }
-  auto [new_parameters, new_states] = mlx_fused::fused_update(
-      rule, hyperparameters, parameters, gradients, states, learning_rate, step,
-      gradient_scale, state_dtype.has_value());
+  request.keep_dtypes = state_dtype.has_value();
+  fused_update(tensors, std::move(request));
   changes_.reserve(changes_.size() + chosen.size() * keys.size());
   for (size_t j = 0; j < chosen.size(); ++j) {
-    updated_[chosen[j]] = nb::cast(std::move(new_parameters[j]));
+    const size_t i = chosen[j];
+    if (reads_parameter && rule.slots.front().is_written) {
+      parameters_[i] = nb::cast(std::move(tensors.parameters[j]));
+    }
+    if (rule.slots.back().is_written) {
+      gradients_[i] = nb::cast(std::move(tensors.gradients[j]));
+    }
     for (size_t k = 0; k < keys.size(); ++k) {
-      changes_.push_back({chosen[j], keys[k], std::move(new_states[k][j])});
+      changes_.push_back({i, keys[k], std::move(tensors.states[k][j])});
     }
   }
   return true;
 }
 
-void Leaves::set(size_t index, nb::object parameter, nb::dict changes) {
-  updated_.at(index) = std::move(parameter);
-  for (const auto [key, value] : changes) {
-    changes_.push_back({index, nb::borrow(key), nb::borrow(value)});
-  }
+void Leaves::set_gradient(size_t index, nb::object value) {
+  gradients_.at(index) = std::move(value);
+}
+
+void Leaves::set_parameter(size_t index, nb::object value) {
+  parameters_.at(index) = std::move(value);
+}
+
+void Leaves::set_state(size_t index, nb::object key, nb::object value) {
+  changes_.push_back({index, std::move(key), value_of(value)});
 }
 
 nb::object Leaves::commit() {
   size_t next = 0;
-  auto result = with_leaves(tree_, updated_, next);
+  auto result = with_leaves(tree_, parameters_, next);
   for (auto& [index, key, value] : changes_) {
     auto* updated = std::get_if<mx::array>(&value);
     const auto old = updated ? entry(states_[index], key) : nb::handle();

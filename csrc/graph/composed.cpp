@@ -1,0 +1,133 @@
+#include "graph/composed.h"
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <utility>
+
+#include "mlx/ops.h"
+#include "mlx/utils.h"
+#include "rules.h"
+// Rules find the functions of nodes by their namespace, which lies around that
+// of the rules.
+#include "graph/node.h"
+
+namespace mlx_fused {
+
+namespace {
+
+// Changes the slots of one tensor, nodes of the graph, by a rule.
+using Apply = void (*)(const Hyperparameters&, const Node& rate,
+                       const Node& step, const RuleTraits& traits,
+                       std::vector<Node>& slots);
+
+template <int index>
+void apply(const Hyperparameters& hyperparameters, const Node& rate,
+           const Node& step, const RuleTraits& traits,
+           std::vector<Node>& slots) {
+  using Rule = typename RegisteredRule<index>::template Type<Node>;
+  Rule rule;
+  if constexpr (Rule::numbers > 0) {
+    auto value = hyperparameters.begin();
+    const auto next = [&] {
+      return std::visit([](const auto& x) { return number_of(x); }, *value++);
+    };
+    std::apply([&](auto&... number) { ((number = next()), ...); },
+               rule.all_numbers());
+  }
+  rule.prepare(rate, step);
+  Node none;
+  Node& parameter = Rule::reads_parameter ? slots.front() : none;
+  rule.update(slots.back(), parameter, slots.data() + Rule::reads_parameter);
+}
+
+const auto apply_table =
+    []<int... index>(std::integer_sequence<int, index...>) {
+      return std::array<Apply, rule_count>{apply<index>...};
+    }(std::make_integer_sequence<int, rule_count>());
+
+// A tensor's entry of a scalar.
+mx::array entry_of(const mx::array& scalar, uint32_t entry, bool per_tensor) {
+  return per_tensor && scalar.size() > 1
+             ? mx::take(scalar, static_cast<int>(entry), 0)
+             : scalar;
+}
+
+}  // namespace
+
+Function composed_update(GroupUpdate update, bool keep_dtypes,
+                         mx::Stream stream) {
+  return [=](const Arrays& inputs) {
+    const mx::StreamContext context(stream);
+    const auto& layout = update.layout;
+    const auto& rule = *layout.rule;
+    Arrays outputs;
+    for (int tensor = 0; tensor < layout.tensors; ++tensor) {
+      const auto& entry = update.entries[tensor];
+      const auto scalar = [&](int input) {
+        return entry_of(inputs[input], entry.scalar, update.per_tensor);
+      };
+      const Arrays given(inputs.begin() + layout.input(tensor, 0),
+                         inputs.begin() + layout.input(tensor + 1, 0));
+      std::vector<mx::Dtype> dtypes;
+      for (const auto& a : given) {
+        dtypes.push_back(a.dtype());
+      }
+      const bool is_usual =
+          std::all_of(dtypes.begin(), dtypes.end(), has_kernels);
+      std::vector<Node> slots;
+      for (const auto& a : given) {
+        slots.emplace_back(is_usual ? mx::astype(a, mx::float32) : a);
+      }
+      const auto dtype = slots.back().array().dtype();
+      if (layout.is_scaled) {
+        slots.back() = mx::astype(
+            slots.back().array() * scalar(layout.gradient_scale()), dtype);
+      }
+      const Node rate =
+          rule.reads_learning_rate
+              ? Node(mx::astype(scalar(layout.learning_rate()), dtype))
+              : Node();
+      Node step;
+      if (rule.reads_step) {
+        const auto count = scalar(layout.step());
+        step = !is_usual && mx::issubdtype(dtype, mx::floating)
+                   ? mx::astype(count, dtype)
+                   : count;
+      }
+      apply_table[rule.index]((*update.sets)[entry.hyperparameters], rate, step,
+                              rule, slots);
+      for (const int k : rule.written()) {
+        auto result = slots[k].array();
+        if (layout.is_skippable) {
+          result = mx::where(scalar(layout.skip()), given[k], result);
+        }
+        outputs.push_back(std::move(result));
+        auto& output = outputs.back();
+        if (keep_dtypes) {
+          output = mx::astype(output, given[k].dtype());
+        } else if (is_usual) {
+          output = mx::astype(output, promoted(rule, dtypes, k));
+        }
+      }
+    }
+    return outputs;
+  };
+}
+
+Function composed_sums(mx::Stream stream) {
+  return [=](const Arrays& inputs) {
+    const mx::StreamContext context(stream);
+    Arrays sums;
+    for (size_t i = 0; i + 1 < inputs.size(); ++i) {
+      sums.push_back(mx::sum(mx::square(mx::astype(inputs[i], mx::float32))));
+    }
+    const auto all = sums.empty() ? mx::zeros({0}) : mx::stack(sums);
+    const auto norm = mx::sqrt(mx::sum(all));
+    const auto factor =
+        mx::minimum(inputs.back() / (norm + mx::array(1e-6f)), mx::array(1.0f));
+    return Arrays{all, norm, factor};
+  };
+}
+
+}  // namespace mlx_fused

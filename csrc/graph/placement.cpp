@@ -1,0 +1,125 @@
+#include "graph/placement.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "mlx/allocator.h"
+#include "mlx/utils.h"
+
+namespace mlx_fused {
+
+namespace {
+
+// MLX's own limit (mlx/backend/common/utils.h): a small view must not keep a
+// large buffer alive for as long as the model lives.
+constexpr size_t donation_slack = 16384;
+
+// Bytes from which waiting is cheaper than a copy.
+constexpr size_t worth_waiting = 1 << 16;
+
+std::atomic<size_t> copied = 0;
+
+bool can_donate(const mx::array& in, const mx::array& out) {
+  return in.flags().row_contiguous && in.is_donatable() &&
+         in.buffer_size() <= out.nbytes() + donation_slack;
+}
+
+}  // namespace
+
+Placement::Placement(const Arrays& inputs, Arrays& outputs,
+                     const GroupLayout& layout, std::function<Arrays()> restore,
+                     const std::function<void()>& wait)
+    : outputs_(outputs), restore_(std::move(restore)) {
+  const auto written = layout.rule->written();
+  std::vector<const mx::array*> sources;  // of the outputs
+  size_t shared = 0;  // bytes with another owner, perhaps only work under way
+  for (int tensor = 0; tensor < layout.tensors; ++tensor) {
+    for (const int slot : written) {
+      const auto& in = inputs[layout.input(tensor, slot)];
+      sources.push_back(&in);
+      shared += in.data_shared_ptr().use_count() > 1 ? in.nbytes() : 0;
+    }
+  }
+  if (wait && shared >= worth_waiting) {
+    wait();
+  }
+  // A tracer's graph is walked again, and keeps its inputs.
+  const bool is_traced =
+      std::any_of(outputs.begin(), outputs.end(),
+                  [](const mx::array& a) { return a.is_tracer(); });
+  for (size_t i = 0; i < outputs.size() && !is_traced; ++i) {
+    if (&outputs[i].inputs() != &inputs) {
+      outputs[i].inputs().clear();
+      released_ |= 1u << i;
+    }
+  }
+  try {
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      if (can_donate(*sources[i], outputs[i])) {
+        outputs[i].copy_shared_buffer(*sources[i]);
+        in_place_ |= 1u << i;
+      } else {
+        allocate(outputs[i]);
+      }
+    }
+  } catch (...) {
+    undo();
+    throw;
+  }
+}
+
+Placement::~Placement() {
+  if (!is_committed_) {
+    undo();
+  }
+}
+
+void Placement::undo() {
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    auto& out = outputs_[i];
+    out.copy_shared_buffer(mx::array(out.shape(), out.dtype(), nullptr, {}));
+    if (released_ >> i & 1) {
+      out.inputs() = restore_();
+    }
+  }
+}
+
+void Placement::commit() {
+  is_committed_ = true;
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    copied += in_place(i) ? 0 : outputs_[i].nbytes();
+  }
+}
+
+void allocate(mx::array& a) {
+  auto data = mx::allocator::malloc(a.nbytes());
+  // On the CPU MLX returns no memory rather than to throw.
+  if (a.nbytes() > 0 && data.buffer().ptr() == nullptr) {
+    std::ostringstream message;
+    message << "[mlx_fused_optimizers] no memory for an array of shape "
+            << a.shape() << ".";
+    throw std::runtime_error(message.str());
+  }
+#if defined(__linux__)
+  // Memory that comes in large pages is ready in a fraction of the time.
+  constexpr uintptr_t page = 1 << 21;
+  const auto start = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
+  const auto first = (start + page - 1) / page * page;
+  const auto last = (start + a.nbytes()) / page * page;
+  if (first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  a.set_data(std::move(data));
+}
+
+size_t bytes_copied() { return copied; }
+
+}  // namespace mlx_fused

@@ -1,0 +1,36 @@
+// The sum of squares of each of any number of arrays, and their global norm.
+#pragma once
+
+#include "graph/composed.h"
+#include "mlx/primitives.h"
+
+namespace mlx_fused {
+
+using mx::array;  // MLX's DEFINE_ macros name it without its namespace
+
+// Inputs: the arrays, then max_norm, a float32 scalar. Outputs, in float32: the
+// sums, one per array; the norm, the root of their sum; and the clip factor
+// min(max_norm / (norm + 1e-6), 1).
+class SumsOfSquares : public mx::Primitive {
+ public:
+  explicit SumsOfSquares(mx::Stream stream) : Primitive(stream) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+
+  DEFINE_GRADS()
+  DEFINE_VMAP()
+  DEFINE_NAME(SumsOfSquares)
+  DEFINE_DEFAULT_IS_EQUIVALENT()
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
+    return {{static_cast<int>(inputs.size()) - 1}, {}, {}};
+  }
+
+  static Arrays make_outputs(const Arrays& arrays, const mx::array& max_norm,
+                             mx::Stream stream);
+
+ private:
+  Function composed() { return composed_sums(stream()); }
+};
+
+}  // namespace mlx_fused

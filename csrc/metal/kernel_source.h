@@ -1,0 +1,51 @@
+// The Metal source of the kernels that serve several tensors a launch: the
+// templates of metal/, and a kernel that binds the arrays and calls them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "graph/layout.h"
+
+namespace mlx_fused {
+
+// Indices of the arguments that the tensors of an update share; the arrays of
+// the tensors stand before them.
+enum SharedBuffer {
+  learning_rate_buffer = 24,
+  step_buffer,
+  gradient_scale_buffer,
+  skip_buffer,
+  numbers_buffer,
+  tensors_buffer,
+  walks_buffer,
+};
+
+// Arrays that a launch of the sums takes, and the arguments behind them.
+constexpr int max_sums_group = 24;
+enum SumsBuffer { partials_buffer = max_sums_group, sums_tensors, sums_walks };
+
+// A kernel for a rule and the dtypes of its slots.
+struct UpdateKernel {
+  const RuleTraits* rule;
+  std::vector<mx::Dtype> dtypes;
+  // Whether states are read and written through pointers of their own, because
+  // work under way still holds the old ones. Otherwise they are in place.
+  bool separate_states;
+
+  // Whether a slot takes two buffers, the first to read and the second to
+  // write. The parameter always does: it is held most often.
+  bool is_separate(int slot) const;
+  int buffers_per_tensor() const;
+  int tensors_per_launch() const;
+  std::string name() const;
+  std::string source() const;
+};
+
+std::string metal_type(mx::Dtype dtype);
+
+// The kernel of this name sums the squares of up to max_sums_group arrays.
+std::string sums_kernel_name(mx::Dtype dtype);
+std::string sums_kernel_source(mx::Dtype dtype);
+
+}  // namespace mlx_fused

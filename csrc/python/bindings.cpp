@@ -1,0 +1,203 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "check.h"
+#include "cpu/loops.h"
+#include "cpu/parallel.h"
+#include "graph/placement.h"
+#include "python/trees.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using MaybeArray = std::optional<mlx::core::array>;
+
+// One warning for kernels that failed their check since the last call.
+void warn_of_failures() {
+  const auto failures = mlx_fused::take_failures();
+  if (failures.empty()) {
+    return;
+  }
+  const auto message =
+      "Metal kernels failed their check on this machine; plain MLX operations "
+      "are used in their place. Please report this, with the output of "
+      "`python -m mlx_fused_optimizers.selfcheck --json`, to the project's "
+      "issues.\n" +
+      failures;
+  if (PyErr_WarnEx(PyExc_RuntimeWarning, message.c_str(), 1) < 0) {
+    throw nb::python_error();
+  }
+}
+
+// A hyper-parameter's sets as Python gives them: a dict each.
+mlx_fused::Sets sets_of(const mlx_fused::RuleTraits& rule,
+                        const std::vector<nb::dict>& dicts) {
+  mlx_fused::Sets sets;
+  for (const auto& dict : dicts) {
+    mlx_fused::NamedValues named;
+    for (const auto [key, value] : dict) {
+      const auto name = nb::cast<std::string>(key);
+      if (mlx::core::array array({}); nb::try_cast(value, array)) {
+        named.emplace(name, array);
+      } else {
+        named.emplace(name, nb::cast<double>(value));
+      }
+    }
+    sets.push_back(mlx_fused::in_order(rule, named));
+  }
+  return sets;
+}
+
+}  // namespace
+
+NB_MODULE(MLX_FUSED_MODULE, m) {
+  m.doc() = "Fused optimizer updates for MLX.";
+  // mlx.core defines the type mx.array.
+  nb::module_::import_("mlx.core");
+
+  m.def(
+      "rule_names",
+      [] {
+        std::vector<std::string> names;
+        for (const auto& rule : mlx_fused::all_rules()) {
+          names.push_back(rule.name);
+        }
+        return names;
+      },
+      "All rules of metal/update_rules.h.");
+  m.def(
+      "hyperparameters",
+      [](const std::string& rule) {
+        return mlx_fused::rule_named(rule).hyperparameters;
+      },
+      "rule"_a, "The names of a rule's hyper-parameters.");
+  m.def(
+      "states",
+      [](const std::string& rule) {
+        return mlx_fused::rule_named(rule).states;
+      },
+      "rule"_a, "The names of a rule's states.");
+  m.def(
+      "written_slots",
+      [](const std::string& name) {
+        const auto& rule = mlx_fused::rule_named(name);
+        return std::pair(rule.slots.size(), rule.written());
+      },
+      "rule"_a, "The number of a rule's slots, and which of them it writes.");
+  m.def(
+      "sums_of_squares",
+      [](const mlx_fused::Arrays& arrays, const mlx::core::array& max_norm) {
+        const auto result = mlx_fused::sums_of_squares(arrays, max_norm);
+        warn_of_failures();
+        return std::tuple(result.sums, result.norm, result.factor);
+      },
+      "arrays"_a, "max_norm"_a,
+      "The sum of squares of each array, their global norm, and "
+      "min(max_norm / (norm + 1e-6), 1).");
+  m.def(
+      "scale",
+      [](const mlx_fused::Arrays& arrays, const mlx::core::array& factor) {
+        const auto result = mlx_fused::scale(arrays, factor);
+        warn_of_failures();
+        return result;
+      },
+      "arrays"_a, "factor"_a, "The arrays times a scalar.");
+  m.def(
+      "check_update",
+      [](const std::string& name, const mlx::core::array& parameter,
+         const mlx::core::array& gradient, const mlx::core::array& state) {
+        const auto& rule = mlx_fused::rule_named(name);
+        std::vector<mlx::core::Dtype> dtypes;
+        for (const auto& slot : rule.slots) {
+          dtypes.push_back(
+              slot.role == mlx_fused::Role::parameter  ? parameter.dtype()
+              : slot.role == mlx_fused::Role::gradient ? gradient.dtype()
+                                                       : state.dtype());
+        }
+        return mlx_fused::check_update(
+            rule, dtypes,
+            mlx::core::default_stream(mlx::core::default_device()));
+      },
+      "rule"_a, "parameter"_a, "gradient"_a, "state"_a,
+      "What is wrong with the default device's kernel for arrays of these "
+      "dtypes, or None.");
+  m.def(
+      "check_sums",
+      [](const mlx::core::array& a) {
+        return mlx_fused::check_sums(
+            a.dtype(), mlx::core::default_stream(mlx::core::default_device()));
+      },
+      "array"_a,
+      "What is wrong with the default device's sums of squares of arrays of "
+      "this dtype, or None.");
+  using mlx_fused::Leaves;
+  nb::class_<Leaves>(m, "Leaves",
+                     "The leaves of a step's trees, collected in one walk.")
+      .def(nb::init<nb::object, nb::object, nb::object>(), "gradients"_a,
+           "parameters"_a = nb::none(), "state"_a = nb::none())
+      .def("__len__", &Leaves::size)
+      .def_prop_ro("tree", &Leaves::tree)
+      .def_prop_ro("gradients", &Leaves::gradients)
+      .def_prop_ro("parameters", &Leaves::parameters)
+      .def_prop_ro("states", &Leaves::states)
+      .def("dtypes", &Leaves::dtypes,
+           "The distinct dtypes of the gradients; None if something is no "
+           "array.")
+      .def(
+          "update",
+          [](Leaves& leaves, const std::string& rule_name,
+             const std::vector<nb::dict>& hyperparameters,
+             const std::optional<std::vector<uint32_t>>& sets,
+             const MaybeArray& learning_rate, const MaybeArray& step,
+             const MaybeArray& gradient_scale, const MaybeArray& skip,
+             bool per_tensor,
+             const std::optional<mlx::core::Dtype>& state_dtype,
+             const std::optional<std::vector<size_t>>& indices,
+             const mlx_fused::Arrays& after) {
+            const auto& rule = mlx_fused::rule_named(rule_name);
+            const bool done = leaves.update(
+                {rule,
+                 sets_of(rule, hyperparameters),
+                 sets.value_or(std::vector<uint32_t>()),
+                 {learning_rate, step, gradient_scale, skip, per_tensor},
+                 false,
+                 after},
+                state_dtype, indices);
+            warn_of_failures();
+            return done;
+          },
+          "rule"_a, "hyperparameters"_a, nb::kw_only(), "sets"_a = nb::none(),
+          "learning_rate"_a = nb::none(), "step"_a = nb::none(),
+          "gradient_scale"_a = nb::none(), "skip"_a = nb::none(),
+          "per_tensor"_a = false, "state_dtype"_a = nb::none(),
+          "indices"_a = nb::none(), "after"_a = mlx_fused::Arrays{},
+          "Updates leaves by a rule; False if something is no array.")
+      .def("set_gradient", &Leaves::set_gradient, "index"_a, "value"_a)
+      .def("set_parameter", &Leaves::set_parameter, "index"_a, "value"_a)
+      .def("set_state", &Leaves::set_state, "index"_a, "key"_a, "value"_a)
+      .def("commit", &Leaves::commit,
+           "Writes the changes of the states; returns the updated parameters.")
+      .def("replace", &Leaves::replace, "leaves"_a,
+           "The gradients' tree with other leaves.");
+  using mlx_fused::Snapshot;
+  nb::class_<Snapshot>(m, "Snapshot", "What a tree's dicts and lists hold now.")
+      .def(nb::init<nb::handle>(), "tree"_a)
+      .def("restore", &Snapshot::restore, "Undoes every change since.");
+  m.def("reset_trust", &mlx_fused::reset_trust,
+        "Check every Metal kernel anew when it is next used.");
+  m.def(
+      "instruction_set", [] { return mlx_fused::cpu::loops().name; },
+      "The instruction set of the CPU's loops.");
+  m.def("bytes_copied", &mlx_fused::bytes_copied,
+        "Bytes that could not be updated in place, since the process began.");
+  m.def("num_threads", &mlx_fused::cpu::num_threads,
+        "Threads that an update on the CPU uses.");
+  m.def("set_num_threads", &mlx_fused::cpu::set_num_threads, "count"_a,
+        "Sets the threads that an update on the CPU uses.");
+}

@@ -1,0 +1,115 @@
+#include "rule_traits.h"
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "rules.h"
+
+namespace mlx_fused {
+
+namespace {
+
+// "a, b, c" in parts.
+std::vector<std::string> split(const char* text) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream >> std::ws, part, ',');) {
+    parts.push_back(part);
+  }
+  return parts;
+}
+
+std::string joined(const std::vector<std::string>& parts) {
+  std::string text;
+  for (const auto& part : parts) {
+    text += (text.empty() ? "" : ", ") + part;
+  }
+  return text;
+}
+
+template <int index>
+RuleTraits traits_of() {
+  using Rule = typename RegisteredRule<index>::template Type<float>;
+  RuleTraits traits{index, RegisteredRule<index>::type, {},
+                    {},    Rule::reads_learning_rate,   Rule::reads_step,
+                    {}};
+  if constexpr (Rule::numbers > 0) {
+    traits.hyperparameters = split(Rule::number_names);
+  }
+  if constexpr (Rule::reads_parameter) {
+    traits.slots.push_back({Role::parameter, Rule::writes_parameter});
+  }
+  if constexpr (Rule::states > 0) {
+    traits.states = split(Rule::state_names);
+    traits.slots.insert(traits.slots.end(), Rule::states, {Role::state, true});
+  }
+  traits.slots.push_back({Role::gradient, Rule::writes_gradient});
+  return traits;
+}
+
+}  // namespace
+
+std::vector<int> RuleTraits::written() const {
+  std::vector<int> numbers;
+  for (size_t slot = 0; slot < slots.size(); ++slot) {
+    if (slots[slot].is_written) {
+      numbers.push_back(static_cast<int>(slot));
+    }
+  }
+  return numbers;
+}
+
+const std::vector<RuleTraits>& all_rules() {
+  static const auto rules =
+      []<int... index>(std::integer_sequence<int, index...>) {
+        return std::vector<RuleTraits>{traits_of<index>()...};
+      }(std::make_integer_sequence<int, rule_count>());
+  return rules;
+}
+
+const RuleTraits& rule_named(const std::string& name) {
+  std::vector<std::string> known;
+  for (const auto& rule : all_rules()) {
+    if (rule.name == name) {
+      return rule;
+    }
+    known.push_back(rule.name);
+  }
+  throw std::invalid_argument("[fused_update] rule is \"" + name +
+                              "\"; expected one of " + joined(known) + ".");
+}
+
+Hyperparameters in_order(const RuleTraits& rule, const NamedValues& named) {
+  Hyperparameters ordered;
+  for (const auto& name : rule.hyperparameters) {
+    if (const auto found = named.find(name); found != named.end()) {
+      ordered.push_back(found->second);
+    }
+  }
+  if (ordered.size() != rule.hyperparameters.size() ||
+      named.size() != ordered.size()) {
+    std::vector<std::string> given;
+    for (const auto& [name, value] : named) {
+      given.push_back(name);
+    }
+    throw std::invalid_argument(
+        "[fused_update] hyperparameters of " + rule.name + " are {" +
+        joined(given) + "}; expected {" + joined(rule.hyperparameters) + "}.");
+  }
+  return ordered;
+}
+
+std::vector<float> numbers(const Hyperparameters& hyperparameters) {
+  std::vector<float> result;
+  for (const auto& value : hyperparameters) {
+    const double x = std::get<double>(value);
+    for (const double part : {x, 1 - x, std::log(x)}) {
+      result.push_back(static_cast<float>(part));
+    }
+  }
+  return result;
+}
+
+}  // namespace mlx_fused

@@ -1,0 +1,55 @@
+// What the host knows of a rule, all of it derived from its declaration in
+// metal/update_rules.h.
+#pragma once
+
+#include <string>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "mlx/array.h"
+
+namespace mlx_fused {
+
+// A slot is one logical array per tensor: its parameter, one of its states or
+// its gradient. Slots stand in this order everywhere.
+enum class Role { parameter, state, gradient };
+
+struct Slot {
+  Role role;
+  bool is_written;
+};
+
+struct RuleTraits {
+  int index;  // in the register of rules.h
+  std::string name;
+  std::vector<std::string> hyperparameters;
+  std::vector<std::string> states;
+  bool reads_learning_rate;
+  bool reads_step;
+  std::vector<Slot> slots;
+
+  // Slots that are written, by their numbers.
+  std::vector<int> written() const;
+};
+
+const std::vector<RuleTraits>& all_rules();
+
+// The rule of that name; throws std::invalid_argument with the known ones.
+const RuleTraits& rule_named(const std::string& name);
+
+// The values of a rule's hyper-parameters, in the order of its declaration.
+// No kernel takes an array; plain operations do.
+using Value = std::variant<double, mlx::core::array>;
+using Hyperparameters = std::vector<Value>;
+using NamedValues = std::unordered_map<std::string, Value>;
+
+// Throws std::invalid_argument with the right names where one is missing or
+// unknown.
+Hyperparameters in_order(const RuleTraits& rule, const NamedValues& named);
+
+// As the kernels take them: each value, 1 - value and log(value), derived in
+// double and rounded once.
+std::vector<float> numbers(const Hyperparameters& hyperparameters);
+
+}  // namespace mlx_fused

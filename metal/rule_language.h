@@ -1,0 +1,15 @@
+// The words of update_rules.h in the Metal Shading Language; csrc/rules.h has
+// them for C++.
+
+#define RULE(name)      \
+  template <typename T> \
+  struct name : RuleDefaults
+
+#define COUNT_OF(a, b, c, d, e, f, g, h, count, ...) count
+#define COUNT(...) COUNT_OF(__VA_ARGS__, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+
+#define HYPERPARAMETERS(...) \
+  Number<T> __VA_ARGS__;     \
+  static constexpr constant int numbers = COUNT(__VA_ARGS__)
+
+#define STATES(...) static constexpr constant int states = COUNT(__VA_ARGS__)

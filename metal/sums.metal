@@ -1,0 +1,86 @@
+// The sum of squares of each of any number of arrays, and their global L2 norm,
+// in two deterministic stages.
+//
+// Stage one: a threadgroup sums the squares of one tile in float32 and writes a
+// partial sum. csrc/metal/kernel_source.cpp adds its kernel, which binds the
+// arrays of a launch and calls sum_tile. Stage two: one threadgroup adds the
+// partial sums, always in the same order. There are no atomics, so the same
+// arrays give the same bits on every run.
+
+#include <metal_stdlib>
+
+using namespace metal;
+
+#include "launch.h"
+#include "storage.h"
+
+static constexpr constant int simd_size = 32;
+
+// The sum over the threadgroup of one value per simdgroup, in every thread of
+// the first simdgroup.
+METAL_FUNC float threadgroup_sum(float value, threadgroup float* sums,
+                                 uint simdgroups, uint simdgroup, uint lane) {
+  if (lane == 0) {
+    sums[simdgroup] = value;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return simd_sum(lane < simdgroups ? sums[lane] : 0);
+}
+
+template <typename T>
+METAL_FUNC void sum_tile(const device T* in, constant LaunchTensor& tensor,
+                         constant int64_t* walks, device float* partials,
+                         threadgroup float* sums, uint tile, uint thread_index,
+                         uint simdgroups, uint simdgroup, uint lane) {
+  float sum = 0;
+  for (int vector = 0; vector < vectors_each; ++vector) {
+    const int64_t start =
+        vector_start(tile, tensor.first_tile, thread_index, vector);
+    const int64_t rest = tensor.size - start;
+    const int count = rest < 0             ? 0
+                      : rest < vector_size ? int(rest)
+                                           : vector_size;
+    float values[vector_size];
+    load_gradient(in, tensor, walks, start, count, values);
+    FOR_EACH_OF_VECTOR { sum += values[i] * values[i]; }
+  }
+  sum = threadgroup_sum(simd_sum(sum), sums, simdgroups, simdgroup, lane);
+  if (thread_index == 0) {
+    partials[tensor.first_partial + tile - tensor.first_tile] = sum;
+  }
+}
+
+// A simdgroup for each array: its partial sums stand from first[i] to
+// first[i + 1].
+[[kernel]] void sums_and_norm(
+    const device float* partials [[buffer(0)]],
+    constant uint* first [[buffer(1)]], constant uint& count [[buffer(2)]],
+    constant float& max_norm [[buffer(3)]], device float* sums [[buffer(4)]],
+    device float* norm [[buffer(5)]], device float* factor [[buffer(6)]],
+    uint thread_index [[thread_position_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float totals[simd_size];
+  float total = 0;
+  for (uint i = simdgroup; i < count; i += simdgroups) {
+    float sum = 0;
+    const uint end = first[i + 1];
+    for (uint partial = first[i] + lane; partial < end; partial += simd_size) {
+      sum += partials[partial];
+    }
+    sum = simd_sum(sum);
+    if (lane == 0) {
+      sums[i] = sum;
+    }
+    total += sum;
+  }
+  total = threadgroup_sum(total, totals, simdgroups, simdgroup, lane);
+  if (thread_index == 0) {
+    const float root = metal::precise::sqrt(total);
+    const float ratio = max_norm / (root + 1e-6f);
+    norm[0] = root;
+    // A norm that is not a number makes every gradient so, as in MLX.
+    factor[0] = ratio > 1 ? 1 : ratio;
+  }
+}
