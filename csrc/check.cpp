@@ -121,7 +121,11 @@ std::optional<std::string> check_update(const RuleTraits& rule,
                                         mx::Stream stream) try {
   const mx::StreamContext context(stream);
   const int tensors = static_cast<int>(max_group_size(rule));
-  GroupUpdate update{{&rule, tensors, true, true}, nullptr, {}, true};
+  GroupUpdate update{
+      {&rule, tensors, {rule.reads_learning_rate, rule.reads_step, true, true}},
+      nullptr,
+      {},
+      true};
   const auto& layout = update.layout;
   // Each tensor has scalars of its own: every second one decays, the first is
   // skipped.

@@ -19,16 +19,12 @@ namespace mlx_fused {
 
 namespace {
 
-// Elements from which a tensor is large: to update it, and so to free its
-// gradient, as soon as it is ready is then worth more than sharing a primitive.
-// A launch costs more on a GPU than a primitive does on the CPU: there fewer
-// are large, and even those share one.
-struct Large {
-  size_t elements;
-  size_t group_size;
-};
-constexpr Large large_on_cpu = {1 << 14, 1};
-constexpr Large large_on_metal = {1 << 18, 4};
+// Elements with which a group is full, however few its tensors: to update them,
+// and so to free their gradients, as soon as they are ready is then worth more
+// than sharing a primitive with others. A launch costs more on a GPU than a
+// primitive does on the CPU.
+constexpr uint64_t full_on_cpu = 1 << 17;
+constexpr uint64_t full_on_metal = 1 << 20;
 
 void check_length(const char* argument, size_t given, size_t expected) {
   if (given != expected) {
@@ -40,15 +36,15 @@ void check_length(const char* argument, size_t given, size_t expected) {
 }
 
 // A scalar of the dtype that kernels read, or one such entry per tensor.
-mx::array scalar(const char* argument, const std::optional<mx::array>& a,
-                 mx::Dtype dtype, size_t entries, mx::StreamOrDevice s) {
+mx::array scalar(const ScalarKind& kind, const std::optional<mx::array>& a,
+                 size_t entries, mx::StreamOrDevice s) {
   if (!a) {
-    throw std::invalid_argument(std::string("[fused_update] ") + argument +
+    throw std::invalid_argument(std::string("[fused_update] ") + kind.name +
                                 " is missing; the rule reads it.");
   }
   if (a->size() != 1 && (a->ndim() != 1 || a->size() != entries)) {
     std::ostringstream message;
-    message << "[fused_update] " << argument << " has shape " << a->shape()
+    message << "[fused_update] " << kind.name << " has shape " << a->shape()
             << "; expected a scalar";
     if (entries != 1) {
       message << " or (" << entries << ")";
@@ -56,7 +52,7 @@ mx::array scalar(const char* argument, const std::optional<mx::array>& a,
     message << ".";
     throw std::invalid_argument(message.str());
   }
-  return a->dtype() == dtype ? *a : mx::astype(*a, dtype, s);
+  return a->dtype() == kind.dtype ? *a : mx::astype(*a, kind.dtype, s);
 }
 
 bool broadcasts_to(const mx::Shape& from, const mx::Shape& to) {
@@ -76,10 +72,12 @@ bool broadcasts_to(const mx::Shape& from, const mx::Shape& to) {
 // found by comparing numbers.
 struct Signature {
   static constexpr int dtype_bits = 4;
+  static constexpr int size_bits = 24;  // more is as good as the largest
+  static constexpr uint64_t max_size = (1 << size_bits) - 1;
 
   // slot(k) is the tensor's array in that slot.
   template <typename F>
-  static uint64_t of(F slot, const RuleTraits& rule, size_t large) {
+  static uint64_t of(F slot, const RuleTraits& rule) {
     const auto& shape = slot(0).shape();
     bool fits = true;
     uint64_t bits = 0;
@@ -92,14 +90,15 @@ struct Signature {
               (may_broadcast && broadcasts_to(a.shape(), shape)));
       bits = bits << dtype_bits | static_cast<uint64_t>(a.dtype().val());
     }
-    return bits << 2 | uint64_t{fits} << 1 | uint64_t{slot(0).size() >= large};
+    return (bits << 1 | uint64_t{fits}) << size_bits |
+           std::min<uint64_t>(slot(0).size(), max_size);
   }
-  static bool is_large(uint64_t bits) { return bits & 1; }
-  static bool fits(uint64_t bits) { return bits >> 1 & 1; }
+  static uint64_t size(uint64_t bits) { return bits & max_size; }
+  static bool fits(uint64_t bits) { return bits >> size_bits & 1; }
   // Of a tensor that fits.
   static mx::Dtype dtype(uint64_t bits, size_t slot, size_t slots) {
     const auto val = static_cast<mx::Dtype::Val>(
-        bits >> (2 + dtype_bits * (slots - 1 - slot)) & 15);
+        bits >> (size_bits + 1 + dtype_bits * (slots - 1 - slot)) & 15);
     return val == mx::float32.val()   ? mx::float32
            : val == mx::float16.val() ? mx::float16
                                       : mx::bfloat16;
@@ -134,11 +133,15 @@ constexpr size_t max_plans = 64;
 Plan make_plan(const PlanKey& key, mx::Stream stream) {
   const auto& rule = *key.rule;
   const size_t slots = rule.slots.size();
-  const auto large = key.is_metal ? large_on_metal : large_on_cpu;
+  const auto full = key.is_metal ? full_on_metal : full_on_cpu;
   Plan plan;
   // Kept apart until they are full. From the tree's end, as gradients become
   // ready.
-  std::vector<std::pair<bool, Plan::Group>> open;
+  struct Open {
+    Plan::Group group;
+    uint64_t elements;
+  };
+  std::vector<Open> open;
   for (size_t i = key.tensors.size(); i-- > 0;) {
     const auto bits = key.tensors[i];
     std::vector<mx::Dtype> given, dtypes;
@@ -153,22 +156,21 @@ Plan make_plan(const PlanKey& key, mx::Stream stream) {
       plan.groups.push_back({false, {}, {i}});
       continue;
     }
-    const bool is_large = Signature::is_large(bits);
-    auto group = std::find_if(open.begin(), open.end(), [&](const auto& g) {
-      return g.first == is_large && g.second.dtypes == dtypes;
+    auto found = std::find_if(open.begin(), open.end(), [&](const Open& o) {
+      return o.group.dtypes == dtypes;
     });
-    if (group == open.end()) {
-      group = open.insert(group, {is_large, {true, dtypes, {}}});
+    if (found == open.end()) {
+      found = open.insert(found, {{true, dtypes, {}}, 0});
     }
-    auto& indices = group->second.indices;
-    indices.push_back(i);
-    if (indices.size() ==
-        (is_large ? large.group_size : max_group_size(rule))) {
-      plan.groups.push_back(std::move(group->second));
-      open.erase(group);
+    auto& [group, elements] = *found;
+    group.indices.push_back(i);
+    elements += Signature::size(bits);
+    if (elements >= full || group.indices.size() == max_group_size(rule)) {
+      plan.groups.push_back(std::move(group));
+      open.erase(found);
     }
   }
-  for (auto& [is_large, group] : open) {
+  for (auto& [group, elements] : open) {
     plan.groups.push_back(std::move(group));
   }
   return plan;
@@ -229,30 +231,24 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
       may_fuse = may_fuse && std::holds_alternative<double>(value);
     }
   }
+  // Scalars as kernels take them, and as plain operations do.
+  std::array<bool, scalar_count> has{};
   Arrays tail, plain_tail;
-  const size_t entries = scalars.per_tensor ? count : 1;
-  if (rule.reads_learning_rate) {
-    const auto& rate = scalars.learning_rate;
-    const bool is_scalar = !rate || rate->ndim() == 0 || scalars.per_tensor;
-    may_fuse = may_fuse && is_scalar;
-    tail.push_back(is_scalar
-                       ? scalar("learning_rate", rate, mx::float32, entries, s)
-                       : *rate);
-    plain_tail.push_back(*rate);
-  }
-  const auto add = [&](const char* name, const std::optional<mx::array>& a,
-                       mx::Dtype dtype) {
-    tail.push_back(scalar(name, a, dtype, entries, s));
-    plain_tail.push_back(tail.back());
-  };
-  if (rule.reads_step) {
-    add("step", scalars.step, mx::uint64);
-  }
-  if (scalars.gradient_scale) {
-    add("gradient_scale", scalars.gradient_scale, mx::float32);
-  }
-  if (scalars.skip) {
-    add("skip", scalars.skip, mx::bool_);
+  for (int kind = 0; kind < scalar_count; ++kind) {
+    const auto& value = scalars.values[kind];
+    has[kind] = kind == learning_rate ? rule.reads_learning_rate
+                : kind == step        ? rule.reads_step
+                                      : value.has_value();
+    if (!has[kind]) {
+      continue;
+    }
+    const bool is_broadcast = kind == learning_rate && value &&
+                              value->ndim() > 0 && !scalars.per_tensor;
+    may_fuse = may_fuse && !is_broadcast;
+    tail.push_back(is_broadcast ? *value
+                                : scalar(scalar_kinds[kind], value,
+                                         scalars.per_tensor ? count : 1, s));
+    plain_tail.push_back(kind == learning_rate ? *value : tail.back());
   }
 
   const auto slot = [&](size_t i, size_t k) -> mx::array& {
@@ -272,7 +268,6 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
               stream.device.type,
               runs_metal(stream),
               {}};
-  const auto large = key.is_metal ? large_on_metal : large_on_cpu;
   key.tensors.reserve(count);
   // MLX computes what is deepest in the graph first, and would compute all
   // gradients before the first update. So each group waits for the one before.
@@ -281,7 +276,7 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
     const auto slot_of = [&](size_t k) -> const mx::array& {
       return slot(i, k);
     };
-    key.tensors.push_back(Signature::of(slot_of, rule, large.elements));
+    key.tensors.push_back(Signature::of(slot_of, rule));
     is_chained = is_chained || !tensors.gradients[i].is_available();
   }
   const auto plan = plan_for(std::move(key), stream);
@@ -290,12 +285,10 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
   const auto written = rule.written();
   Arrays previous = request.after;
   for (const auto& group : plan->groups) {
-    GroupUpdate update{
-        {&rule, static_cast<int>(group.indices.size()),
-         scalars.gradient_scale.has_value(), scalars.skip.has_value()},
-        sets,
-        {},
-        scalars.per_tensor};
+    GroupUpdate update{{&rule, static_cast<int>(group.indices.size()), has},
+                       sets,
+                       {},
+                       scalars.per_tensor};
     Arrays inputs;
     inputs.reserve(group.indices.size() * rule.slots.size() + tail.size());
     for (const size_t i : group.indices) {
@@ -349,7 +342,7 @@ Norm sums_of_squares(const Arrays& arrays, const mx::array& max_norm,
     trusted =
         trusted && (!runs_metal(stream) || is_trusted_sum(a.dtype(), stream));
   }
-  const auto limit = scalar("max_norm", max_norm, mx::float32, 1, s);
+  const auto limit = scalar({"max_norm", mx::float32, "float"}, max_norm, 1, s);
   auto inputs = arrays;
   inputs.push_back(limit);
   const auto outputs = trusted
@@ -362,7 +355,7 @@ Arrays scale(Arrays arrays, const mx::array& factor, mx::StreamOrDevice s) {
   Tensors tensors;
   tensors.gradients = std::move(arrays);
   Request request{rule_named("Scale"), {{}}};
-  request.scalars.gradient_scale = factor;
+  request.scalars.values[gradient_scale] = factor;
   fused_update(tensors, std::move(request), s);
   return std::move(tensors.gradients);
 }

@@ -17,13 +17,10 @@ struct Tensors {
   Arrays gradients;
 };
 
-// Arrays, so that they can change under mx.compile. With per_tensor each may
-// have one entry per tensor. What a rule does not read is ignored.
+// What a rule does not read is ignored. With per_tensor each may have one entry
+// per tensor.
 struct Scalars {
-  std::optional<mx::array> learning_rate;
-  std::optional<mx::array> step;
-  std::optional<mx::array> gradient_scale;
-  std::optional<mx::array> skip;  // bool: nothing changes
+  std::array<std::optional<mx::array>, scalar_count> values;
   bool per_tensor = false;
 };
 

@@ -18,10 +18,7 @@ struct LaunchTensor {
   uint32_t dimensions;  // of its gradient's walk; 0 if row-contiguous
   uint32_t walk;        // where that walk stands: the sizes, then the strides
   uint32_t numbers;     // where its rule's numbers stand
-  uint32_t learning_rate;  // its entry of each scalar
-  uint32_t step;
-  uint32_t gradient_scale;
-  uint32_t skip;
+  uint32_t scalars[4];     // its entry of each scalar (csrc/graph/layout.h)
   uint32_t first_partial;  // where the sums of its tiles go (sums.metal)
 };
 

@@ -28,11 +28,18 @@ constexpr size_t piece_size = 64 * cpu::block_size;
 // A large tensor's pieces are larger, up to this.
 constexpr size_t large_piece_size = 8 * piece_size;
 
+// A transposed gradient is turned block by block, in the second-level cache.
+// Matrices with fewer rows or columns are gathered element by element.
+constexpr size_t turned_rows = 64;
+constexpr size_t turned_columns = 512;
+constexpr int64_t worth_turning = 8;
+
 // Where an array's elements are. Taken while the graph is evaluated: the arrays
 // themselves may be gone when the work runs.
 struct View {
   char* data = nullptr;
-  const Walk* walk = nullptr;  // unless row-contiguous
+  const Walk* walk = nullptr;              // unless row-contiguous
+  const Transposed* transposed = nullptr;  // if it is that
   mx::Dtype::Val dtype = mx::Dtype::Val::float32;
   uint8_t itemsize = 0;
 
@@ -44,17 +51,23 @@ struct View {
 struct Kept {
   std::vector<std::shared_ptr<mx::array::Data>> data;
   std::list<Walk> walks;
+  std::list<Transposed> transposed;
 
-  View view(const mx::array& a) {
-    const Walk* walk =
-        a.flags().row_contiguous ? nullptr : &walks.emplace_back(collapse(a));
-    return {const_cast<char*>(a.data<char>()), walk, a.dtype().val(),
-            static_cast<uint8_t>(a.itemsize())};
+  View view(const mx::array& a, bool in_memory_order = false) {
+    View view{const_cast<char*>(a.data<char>()), nullptr, nullptr,
+              a.dtype().val(), static_cast<uint8_t>(a.itemsize())};
+    if (!a.flags().row_contiguous && !(in_memory_order && is_dense(a))) {
+      view.walk = &walks.emplace_back(collapse(a));
+      if (auto found = as_transposed(*view.walk, worth_turning)) {
+        view.transposed = &transposed.emplace_back(std::move(*found));
+      }
+    }
+    return view;
   }
   // Of an array that nobody else need hold.
-  View held(const mx::array& a) {
+  View held(const mx::array& a, bool in_memory_order = false) {
     data.push_back(a.data_shared_ptr());
-    return view(a);
+    return view(a, in_memory_order);
   }
 };
 
@@ -76,8 +89,12 @@ void gather(const View& view, size_t start, size_t n, char* out) {
   while (n > 0) {
     const size_t run =
         std::min<size_t>(n, static_cast<size_t>(shape[last] - position[last]));
-    for (size_t i = 0; i < run; ++i) {
-      result[i] = in[static_cast<int64_t>(i) * strides[last]];
+    if (strides[last] == 1) {
+      std::memcpy(result, in, run * sizeof(T));
+    } else {
+      for (size_t i = 0; i < run; ++i) {
+        result[i] = in[static_cast<int64_t>(i) * strides[last]];
+      }
     }
     result += run;
     n -= run;
@@ -159,23 +176,22 @@ double sum_of_squares(const View& view, size_t start, size_t n) {
 // Elements from which a second thread is worth its while.
 constexpr size_t worth_sharing = 2 * piece_size;
 
-// Work of several arrays, cut into pieces: calls piece(number, tensor, start,
-// n).
+// Calls piece(number, tensor, number in the tensor) for each piece of work of
+// several tensors, of which counts has the pieces; on several threads where
+// there are this many elements.
 template <typename F>
-void for_each_piece(const std::vector<size_t>& sizes, size_t size, F piece) {
-  std::vector<size_t> first = {0};  // the number of each array's first piece
-  size_t total = 0;
-  for (const size_t elements : sizes) {
-    first.push_back(first.back() + (elements + size - 1) / size);
-    total += elements;
+void for_each_piece(const std::vector<size_t>& counts, size_t elements,
+                    F piece) {
+  std::vector<size_t> first = {0};  // the number of each tensor's first piece
+  for (const size_t count : counts) {
+    first.push_back(first.back() + count);
   }
   const auto run = [&](size_t i) {
     const size_t tensor =
         std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
-    const size_t start = (i - first[tensor]) * size;
-    piece(i, tensor, start, std::min(size, sizes[tensor] - start));
+    piece(i, tensor, i - first[tensor]);
   };
-  if (total >= worth_sharing) {
+  if (elements >= worth_sharing) {
     cpu::parallel_for(first.back(), run);
     return;
   }
@@ -183,6 +199,8 @@ void for_each_piece(const std::vector<size_t>& sizes, size_t size, F piece) {
     run(i);
   }
 }
+
+size_t divided_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // One group's update, as the stream's thread runs it.
 struct UpdateTask {
@@ -213,30 +231,24 @@ struct UpdateTask {
   Kept kept = {};
 
   void operator()() const {
-    std::vector<size_t> sizes;
+    size_t total = 0;
     for (const auto& tensor : tensors) {
-      sizes.push_back(tensor.size);
+      total += tensor.size;
     }
-    const size_t total = std::accumulate(sizes.begin(), sizes.end(), size_t{0});
     const size_t size = std::clamp(total / 16 / piece_size * piece_size,
                                    piece_size, large_piece_size);
-    for_each_piece(sizes, size, [&](size_t, size_t i, size_t start, size_t n) {
+    std::vector<size_t> counts;
+    for (const auto& tensor : tensors) {
+      counts.push_back(is_turned(tensor) ? turned_pieces(gradient(tensor), size)
+                                         : divided_up(tensor.size, size));
+    }
+    for_each_piece(counts, total, [&](size_t, size_t i, size_t piece) {
       const auto& tensor = tensors[i];
-      const auto dtype = tensor.sources[0].dtype;
-      const auto& loops = cpu::loops();
-      if (skip.of(tensor, false)) {
-        keep(tensor, start, n);
-      } else if (!are_direct(tensor, dtype)) {
-        for (size_t end = start + n; start < end; start += cpu::block_size) {
-          update_block(tensor, start, std::min(cpu::block_size, end - start));
-        }
-      } else if (dtype == mx::Dtype::Val::float32) {
-        update_direct<float>(loops.update, tensor, start, n);
+      if (is_turned(tensor)) {
+        update_turned(tensor, piece, size);
       } else {
-        update_direct<uint16_t>(dtype == mx::Dtype::Val::float16
-                                    ? loops.update_float16
-                                    : loops.update_bfloat16,
-                                tensor, start, n);
+        const size_t start = piece * size;
+        update(tensor, start, std::min(size, tensor.size - start), nullptr);
       }
     });
   }
@@ -244,11 +256,90 @@ struct UpdateTask {
  private:
   size_t slots() const { return rule->slots.size(); }
   bool is_written(size_t slot) const { return rule->slots[slot].is_written; }
+  const View& gradient(const Tensor& tensor) const {
+    return tensor.sources[slots() - 1];
+  }
+  bool is_turned(const Tensor& tensor) const {
+    return gradient(tensor).transposed && !skip.of(tensor, false);
+  }
 
-  bool are_direct(const Tensor& tensor, mx::Dtype::Val dtype) const {
+  // The rows of a matrix that make a piece of about this many elements.
+  static size_t rows_of_piece(const Transposed& t, size_t size) {
+    return divided_up(divided_up(size, t.columns), turned_rows) * turned_rows;
+  }
+  static size_t turned_pieces(const View& view, size_t size) {
+    const auto& t = *view.transposed;
+    return t.count() * divided_up(t.rows, rows_of_piece(t, size));
+  }
+
+  // Some rows of one of the gradient's matrices: turns a block that fits into
+  // the cache, then updates its elements in row-major order.
+  void update_turned(const Tensor& tensor, size_t piece, size_t size) const {
+    const auto& view = gradient(tensor);
+    const auto& t = *view.transposed;
+    const size_t rows_each = rows_of_piece(t, size);
+    const size_t pieces = divided_up(t.rows, rows_each);
+    const auto [in_gradient, begin] = t.locate(piece / pieces);
+    const size_t first_row = piece % pieces * rows_each;
+    const size_t end_row = std::min<size_t>(t.rows, first_row + rows_each);
+    const size_t columns_each = std::min<size_t>(t.columns, turned_columns);
+    const size_t rows_at_once =
+        std::max(turned_rows, turned_rows * turned_columns / columns_each /
+                                  turned_rows * turned_rows);
+    alignas(64) char block[turned_rows * turned_columns * sizeof(float)];
+    for (size_t row = first_row; row < end_row; row += rows_at_once) {
+      const size_t rows = std::min(rows_at_once, end_row - row);
+      for (size_t column = 0; column < static_cast<size_t>(t.columns);
+           column += columns_each) {
+        const size_t columns = std::min(columns_each, t.columns - column);
+        const char* in = view.at(in_gradient + row + column * t.column_stride);
+        cpu::loops().turn(view.itemsize, in, t.column_stride, rows, columns,
+                          block);
+        const size_t start = begin + row * t.row_stride + column;
+        if (t.row_stride == static_cast<int64_t>(columns)) {
+          update(tensor, start, rows * columns, block);
+          continue;
+        }
+        for (size_t i = 0; i < rows; ++i) {
+          update(tensor, start + i * t.row_stride, columns,
+                 block + i * columns * view.itemsize);
+        }
+      }
+    }
+  }
+
+  // n elements from this row-major index on. Their gradients are in `turned`,
+  // if given.
+  void update(const Tensor& tensor, size_t start, size_t n,
+              const char* turned) const {
+    const auto dtype = tensor.sources[0].dtype;
+    const auto& loops = cpu::loops();
+    if (skip.of(tensor, false)) {
+      keep(tensor, start, n);
+    } else if (!are_direct(tensor, dtype, turned)) {
+      const size_t itemsize = gradient(tensor).itemsize;
+      for (size_t end = start + n; start < end; start += cpu::block_size) {
+        update_block(tensor, start, std::min(cpu::block_size, end - start),
+                     turned);
+        turned += turned ? cpu::block_size * itemsize : 0;
+      }
+    } else if (dtype == mx::Dtype::Val::float32) {
+      update_direct<float>(loops.update, tensor, start, n, turned);
+    } else {
+      update_direct<uint16_t>(dtype == mx::Dtype::Val::float16
+                                  ? loops.update_float16
+                                  : loops.update_bfloat16,
+                              tensor, start, n, turned);
+    }
+  }
+
+  bool are_direct(const Tensor& tensor, mx::Dtype::Val dtype,
+                  bool is_turned) const {
     bool direct = true;
     for (size_t k = 0; k < slots(); ++k) {
-      direct = direct && is_direct(tensor.sources[k], dtype);
+      const auto& source = tensor.sources[k];
+      direct = direct && source.dtype == dtype &&
+               (source.row_contiguous() || (is_turned && k + 1 == slots()));
     }
     return direct;
   }
@@ -272,7 +363,7 @@ struct UpdateTask {
   // Where all arrays are contiguous and of one dtype.
   template <typename T>
   void update_direct(cpu::Update<T> loop, const Tensor& tensor, size_t start,
-                     size_t n) const {
+                     size_t n, const char* turned) const {
     cpu::Block<T> block;
     for (size_t k = 0; k < slots(); ++k) {
       block.in[k] = reinterpret_cast<const T*>(tensor.sources[k].at(start));
@@ -280,15 +371,26 @@ struct UpdateTask {
         block.out[k] = reinterpret_cast<T*>(tensor.targets[k].at(start));
       }
     }
+    if (turned) {
+      block.in[slots() - 1] = reinterpret_cast<const T*>(turned);
+    }
     run(loop, tensor, block, n);
   }
 
   // At most block_size elements, as float32.
-  void update_block(const Tensor& tensor, size_t start, size_t n) const {
+  void update_block(const Tensor& tensor, size_t start, size_t n,
+                    const char* turned) const {
     alignas(64) float buffers[max_slots][cpu::block_size];
     cpu::Block<float> block;
     for (size_t k = 0; k < slots(); ++k) {
-      block.in[k] = load(tensor.sources[k], start, n, buffers[k]);
+      auto source = tensor.sources[k];
+      size_t first = start;
+      if (turned && k + 1 == slots()) {
+        source = {const_cast<char*>(turned), nullptr, nullptr, source.dtype,
+                  source.itemsize};
+        first = 0;
+      }
+      block.in[k] = load(source, first, n, buffers[k]);
       if (is_written(k)) {
         block.out[k] = is_direct(tensor.targets[k])
                            ? direct(tensor.targets[k], start)
@@ -332,6 +434,8 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
   auto& kept = task.kept;
   kept.data.reserve(outputs.size() + inputs.size());
   task.tensors.resize(layout.tensors);
+  // A rule of one slot does the same to all elements, in whatever order.
+  const bool any_order = layout.slots() == 1;
   int output = 0;
   for (int i = 0; i < layout.tensors; ++i) {
     auto& tensor = task.tensors[i];
@@ -343,26 +447,27 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
       }
       // MLX holds an output for whoever reads it: not for an update that only
       // waits for this one.
-      tensor.targets[k] = kept.held(outputs[output]);
-      tensor.sources[k] =
-          placement.in_place(output) ? tensor.targets[k] : kept.held(input);
+      tensor.targets[k] = kept.held(outputs[output], any_order);
+      tensor.sources[k] = placement.in_place(output)
+                              ? tensor.targets[k]
+                              : kept.held(input, any_order);
       ++output;
     }
     tensor.entry = update_.entries[i];
     tensor.size = inputs[layout.input(i, 0)].size();
   }
   const auto scalar = [&]<typename T>(UpdateTask::Scalar<T>& target,
-                                      int input) {
-    if (input >= 0) {
-      const auto& a = inputs[input];
+                                      Scalar kind) {
+    if (layout.has[kind]) {
+      const auto& a = inputs[layout.input(kind)];
       target = {reinterpret_cast<const T*>(kept.held(a).data),
                 update_.per_tensor && a.size() > 1 ? a.strides(0) : 0};
     }
   };
-  scalar(task.learning_rate, layout.learning_rate());
-  scalar(task.step, layout.step());
-  scalar(task.gradient_scale, layout.gradient_scale());
-  scalar(task.skip, layout.skip());
+  scalar(task.learning_rate, learning_rate);
+  scalar(task.step, step);
+  scalar(task.gradient_scale, gradient_scale);
+  scalar(task.skip, skip);
 
   // The only dispatch: when it throws, nothing has been done.
   mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
@@ -385,39 +490,41 @@ void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   }
   Kept kept;
   std::vector<View> views;
-  std::vector<size_t> sizes;
-  size_t pieces = 0;
+  std::vector<size_t> sizes, counts;
   for (size_t i = 0; i + 1 < inputs.size(); ++i) {
-    views.push_back(kept.view(inputs[i]));
+    views.push_back(kept.view(inputs[i], /*in_memory_order=*/true));
     sizes.push_back(inputs[i].size());
-    pieces += (inputs[i].size() + large_piece_size - 1) / large_piece_size;
+    counts.push_back(divided_up(sizes.back(), large_piece_size));
   }
   mx::cpu::get_command_encoder(stream()).dispatch(
       [kept = std::move(kept), views = std::move(views),
-       sizes = std::move(sizes), pieces, max_norm = inputs.back().data<float>(),
-       sums = outputs[0].data<float>(), norm = outputs[1].data<float>(),
-       factor = outputs[2].data<float>()] {
-        struct Partial {
-          size_t tensor;
-          double sum;
+       sizes = std::move(sizes), counts = std::move(counts),
+       max_norm = inputs.back().data<float>(), sums = outputs[0].data<float>(),
+       norm = outputs[1].data<float>(), factor = outputs[2].data<float>()] {
+        const auto sum_up = [](const auto& values) {
+          return std::accumulate(
+              values.begin(), values.end(),
+              typename std::decay_t<decltype(values)>::value_type());
         };
-        std::vector<Partial> partials(pieces);
-        for_each_piece(
-            sizes, large_piece_size,
-            [&](size_t piece, size_t tensor, size_t start, size_t n) {
-              partials[piece].tensor = tensor;
-              for (size_t end = start + n; start < end; start += piece_size) {
-                partials[piece].sum += sum_of_squares(
-                    views[tensor], start, std::min(piece_size, end - start));
-              }
-            });
-        std::vector<double> totals(sizes.size());
+        std::vector<double> partials(sum_up(counts));
+        for_each_piece(counts, sum_up(sizes),
+                       [&](size_t number, size_t tensor, size_t piece) {
+                         const size_t begin = piece * large_piece_size;
+                         const size_t end =
+                             std::min(begin + large_piece_size, sizes[tensor]);
+                         for (size_t i = begin; i < end; i += piece_size) {
+                           partials[number] += sum_of_squares(
+                               views[tensor], i, std::min(piece_size, end - i));
+                         }
+                       });
         double total = 0;
-        for (const auto& [tensor, sum] : partials) {
-          totals[tensor] += sum;
+        auto partial = partials.begin();
+        for (size_t i = 0; i < counts.size(); ++i) {
+          const double sum = std::accumulate(partial, partial + counts[i], 0.0);
+          partial += counts[i];
+          sums[i] = static_cast<float>(sum);
           total += sum;
         }
-        std::copy(totals.begin(), totals.end(), sums);
         *norm = std::sqrt(static_cast<float>(total));
         *factor = std::min(*max_norm / (*norm + 1e-6f), 1.0f);
       });

@@ -318,6 +318,80 @@ void add_squares(const float* x, size_t n, float* lanes) {
   memcpy(lanes, sums, sizeof(sums));
 }
 
+// A square of this many elements is turned in registers.
+constexpr size_t square = 16;
+
+template <typename T>
+using Lanes __attribute__((vector_size(square * sizeof(T)))) = T;
+
+// Of lane i of two registers whose off-diagonal blocks of `distance` lanes are
+// exchanged: where it comes from, counted through both.
+constexpr int lane_of_first(int distance, int i) {
+  return i & distance ? static_cast<int>(square) + i - distance : i;
+}
+constexpr int lane_of_second(int distance, int i) {
+  return i & distance ? static_cast<int>(square) + i : i + distance;
+}
+
+template <int distance, typename T, int... i>
+inline __attribute__((always_inline)) void exchange(
+    Lanes<T> (&registers)[square], std::integer_sequence<int, i...>) {
+  for (size_t k = 0; k < square; ++k) {
+    if ((k & distance) == 0) {
+      const auto a = registers[k];
+      const auto b = registers[k + distance];
+      registers[k] =
+          __builtin_shufflevector(a, b, lane_of_first(distance, i)...);
+      registers[k + distance] =
+          __builtin_shufflevector(a, b, lane_of_second(distance, i)...);
+    }
+  }
+}
+
+template <typename T>
+void turn_squares(const T* in, int64_t column_stride, size_t rows,
+                  size_t columns, T* out) {
+  constexpr std::make_integer_sequence<int, square> lanes;
+  const size_t square_rows = rows / square * square;
+  const size_t square_columns = columns / square * square;
+  for (size_t column = 0; column < square_columns; column += square) {
+    for (size_t row = 0; row < square_rows; row += square) {
+      Lanes<T> registers[square];
+      for (size_t k = 0; k < square; ++k) {
+        memcpy(&registers[k],
+               in + row + static_cast<int64_t>(column + k) * column_stride,
+               sizeof(registers[k]));
+      }
+      exchange<8, T>(registers, lanes);
+      exchange<4, T>(registers, lanes);
+      exchange<2, T>(registers, lanes);
+      exchange<1, T>(registers, lanes);
+      for (size_t k = 0; k < square; ++k) {
+        memcpy(out + (row + k) * columns + column, &registers[k],
+               sizeof(registers[k]));
+      }
+    }
+  }
+  for (size_t row = 0; row < rows; ++row) {
+    for (size_t column = row < square_rows ? square_columns : 0;
+         column < columns; ++column) {
+      out[row * columns + column] =
+          in[row + static_cast<int64_t>(column) * column_stride];
+    }
+  }
+}
+
+void turn(size_t itemsize, const void* in, int64_t column_stride, size_t rows,
+          size_t columns, void* out) {
+  if (itemsize == 4) {
+    turn_squares(static_cast<const uint32_t*>(in), column_stride, rows, columns,
+                 static_cast<uint32_t*>(out));
+  } else {
+    turn_squares(static_cast<const uint16_t*>(in), column_stride, rows, columns,
+                 static_cast<uint16_t*>(out));
+  }
+}
+
 }  // namespace
 
 extern const Loops MLX_FUSED_LOOPS;
@@ -326,6 +400,7 @@ const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
                                update<Float16>,
                                update<BFloat16>,
                                add_squares,
+                               turn,
                                Float16::load,
                                Float16::store,
                                BFloat16::load,

@@ -41,6 +41,11 @@ struct Loops {
   // Adds the squares of n values to the lanes.
   void (*add_squares)(const float* x, size_t n, float* lanes);
 
+  // Writes rows x columns elements of 2 or 4 bytes in row-major order: element
+  // (row, column) is read from in + row + column * column_stride.
+  void (*turn)(size_t itemsize, const void* in, int64_t column_stride,
+               size_t rows, size_t columns, void* out);
+
   void (*load_float16)(const uint16_t* in, float* out, size_t n);
   void (*store_float16)(const float* in, uint16_t* out, size_t n);
   void (*load_bfloat16)(const uint16_t* in, float* out, size_t n);

@@ -64,8 +64,9 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
     Arrays outputs;
     for (int tensor = 0; tensor < layout.tensors; ++tensor) {
       const auto& entry = update.entries[tensor];
-      const auto scalar = [&](int input) {
-        return entry_of(inputs[input], entry.scalar, update.per_tensor);
+      const auto scalar = [&](Scalar kind) {
+        return entry_of(inputs[layout.input(kind)], entry.scalar,
+                        update.per_tensor);
       };
       const Arrays given(inputs.begin() + layout.input(tensor, 0),
                          inputs.begin() + layout.input(tensor + 1, 0));
@@ -80,27 +81,25 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
         slots.emplace_back(is_usual ? mx::astype(a, mx::float32) : a);
       }
       const auto dtype = slots.back().array().dtype();
-      if (layout.is_scaled) {
-        slots.back() = mx::astype(
-            slots.back().array() * scalar(layout.gradient_scale()), dtype);
+      if (layout.has[gradient_scale]) {
+        slots.back() =
+            mx::astype(slots.back().array() * scalar(gradient_scale), dtype);
       }
-      const Node rate =
-          rule.reads_learning_rate
-              ? Node(mx::astype(scalar(layout.learning_rate()), dtype))
-              : Node();
-      Node step;
-      if (rule.reads_step) {
-        const auto count = scalar(layout.step());
-        step = !is_usual && mx::issubdtype(dtype, mx::floating)
-                   ? mx::astype(count, dtype)
-                   : count;
+      Node rate, count;
+      if (layout.has[learning_rate]) {
+        rate = mx::astype(scalar(learning_rate), dtype);
       }
-      apply_table[rule.index]((*update.sets)[entry.hyperparameters], rate, step,
-                              rule, slots);
+      if (layout.has[step]) {
+        count = !is_usual && mx::issubdtype(dtype, mx::floating)
+                    ? mx::astype(scalar(step), dtype)
+                    : scalar(step);
+      }
+      apply_table[rule.index]((*update.sets)[entry.hyperparameters], rate,
+                              count, rule, slots);
       for (const int k : rule.written()) {
         auto result = slots[k].array();
-        if (layout.is_skippable) {
-          result = mx::where(scalar(layout.skip()), given[k], result);
+        if (layout.has[skip]) {
+          result = mx::where(scalar(skip), given[k], result);
         }
         outputs.push_back(std::move(result));
         auto& output = outputs.back();

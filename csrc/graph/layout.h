@@ -1,6 +1,8 @@
 // A group: tensors that share a primitive, and on Metal a launch.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -30,37 +32,38 @@ mx::Dtype promoted(const RuleTraits& rule, const std::vector<mx::Dtype>& slots,
 // cost of MLX's lists of siblings is quadratic in the outputs.
 size_t max_group_size(const RuleTraits& rule);
 
+// What a step has beside its tensors: arrays, so that they can change under
+// mx.compile. Each is a scalar, or has one entry per tensor.
+enum Scalar { learning_rate, step, gradient_scale, skip, scalar_count };
+
+struct ScalarKind {
+  const char* name;
+  mx::Dtype dtype;  // as kernels read it
+  const char* type;
+};
+inline const ScalarKind scalar_kinds[scalar_count] = {
+    {"learning_rate", mx::float32, "float"},
+    {"step", mx::uint64, "uint64_t"},
+    {"gradient_scale", mx::float32, "float"},
+    {"skip", mx::bool_, "bool"},  // nothing changes
+};
+
 // How the arrays of a group are ordered. Inputs: for each tensor its slots;
-// then, as far as there are any, learning rate (float32), step (uint64),
-// gradient scale (float32) and skip (bool). Each of these is a scalar, or has
-// an entry for each tensor of the step. Outputs: for each tensor the slots that
-// its rule writes.
+// then the scalars that there are. Outputs: for each tensor the slots that its
+// rule writes.
 struct GroupLayout {
   const RuleTraits* rule;
   int tensors;
-  bool is_scaled;
-  bool is_skippable;
+  std::array<bool, scalar_count> has;
 
   int slots() const { return static_cast<int>(rule->slots.size()); }
   int input(int tensor, int slot) const { return tensor * slots() + slot; }
   int gradient(int tensor) const { return input(tensor, slots() - 1); }
-
-  // Inputs behind the tensors'; -1 for one that is not there.
-  int learning_rate() const { return scalar(rule->reads_learning_rate, 0); }
-  int step() const {
-    return scalar(rule->reads_step, rule->reads_learning_rate);
-  }
-  int gradient_scale() const {
-    return scalar(is_scaled, rule->reads_learning_rate + rule->reads_step);
-  }
-  int skip() const {
-    return scalar(is_skippable,
-                  rule->reads_learning_rate + rule->reads_step + is_scaled);
-  }
-
- private:
-  int scalar(bool is_there, int position) const {
-    return is_there ? tensors * slots() + position : -1;
+  // -1 for a scalar that is not there.
+  int input(Scalar scalar) const {
+    return has[scalar] ? tensors * slots() +
+                             std::count(has.begin(), has.begin() + scalar, true)
+                       : -1;
   }
 };
 

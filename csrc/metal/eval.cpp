@@ -1,5 +1,6 @@
 // eval_gpu: pipelines, buffers, launches.
 #include <algorithm>
+#include <array>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -199,11 +200,13 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     first_number.push_back(all_numbers.size());
     all_numbers.insert(all_numbers.end(), of_set.begin(), of_set.end());
   }
-  const auto stride = [&](int input) -> uint32_t {
-    return input >= 0 && update_.per_tensor && inputs[input].size() > 1
-               ? inputs[input].strides(0)
-               : 0;
-  };
+  std::array<uint32_t, scalar_count> strides{};
+  for (int kind = 0; kind < scalar_count; ++kind) {
+    const int input = layout.input(static_cast<Scalar>(kind));
+    if (input >= 0 && update_.per_tensor && inputs[input].size() > 1) {
+      strides[kind] = inputs[input].strides(0);
+    }
+  }
   const size_t places = kernel.tensors_per_launch();
   for (size_t first = 0; first < tensors.size(); first += places) {
     const size_t count = std::min(places, tensors.size() - first);
@@ -220,11 +223,9 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
             is_vectorizable(sources[input]) && is_vectorizable(targets[input]);
       }
       description.numbers = first_number[entry.hyperparameters];
-      description.learning_rate = stride(layout.learning_rate()) * entry.scalar;
-      description.step = stride(layout.step()) * entry.scalar;
-      description.gradient_scale =
-          stride(layout.gradient_scale()) * entry.scalar;
-      description.skip = stride(layout.skip()) * entry.scalar;
+      for (int kind = 0; kind < scalar_count; ++kind) {
+        description.scalars[kind] = strides[kind] * entry.scalar;
+      }
       gradients.push_back(add_gradient(launch, sources[layout.gradient(tensor)],
                                        description, stream()));
     }
@@ -245,23 +246,16 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
         }
       }
     }
-    if (rule.reads_learning_rate) {
-      encoder.set_input_array(inputs[layout.learning_rate()],
-                              learning_rate_buffer);
-    }
-    if (rule.reads_step) {
-      encoder.set_input_array(inputs[layout.step()], step_buffer);
-    }
-    if (layout.is_scaled) {
-      encoder.set_input_array(inputs[layout.gradient_scale()],
-                              gradient_scale_buffer);
-    } else {
-      encoder.set_bytes(1.0f, gradient_scale_buffer);
-    }
-    if (layout.is_skippable) {
-      encoder.set_input_array(inputs[layout.skip()], skip_buffer);
-    } else {
-      encoder.set_bytes(false, skip_buffer);
+    for (int kind = 0; kind < scalar_count; ++kind) {
+      const auto scalar = static_cast<Scalar>(kind);
+      if (layout.has[kind]) {
+        encoder.set_input_array(inputs[layout.input(scalar)],
+                                scalars_buffer + kind);
+      } else if (scalar == gradient_scale) {
+        encoder.set_bytes(1.0f, scalars_buffer + kind);
+      } else if (scalar == skip) {
+        encoder.set_bytes(false, scalars_buffer + kind);
+      }
     }
     encoder.set_vector_bytes(all_numbers, numbers_buffer);
     launch.dispatch(encoder, tensors_buffer, walks_buffer);

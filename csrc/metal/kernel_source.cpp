@@ -51,7 +51,7 @@ int UpdateKernel::buffers_per_tensor() const {
 
 int UpdateKernel::tensors_per_launch() const {
   return std::min<int>(max_group_size(*rule),
-                       learning_rate_buffer / buffers_per_tensor());
+                       scalars_buffer / buffers_per_tensor());
 }
 
 std::string UpdateKernel::name() const {
@@ -104,21 +104,26 @@ std::string UpdateKernel::source() const {
     }
     choice += "  }";
   }
-  const auto entry = [](const std::string& scalar) {
-    return scalar + "[tensors[i]." + scalar + "]";
+  // The value of a scalar for this tensor.
+  const auto value = [&](Scalar kind) {
+    const bool is_there = kind == learning_rate ? rule->reads_learning_rate
+                          : kind == step        ? rule->reads_step
+                                                : true;
+    if (!is_there) {
+      return std::string("0");
+    }
+    const auto& [name, dtype, type] = scalar_kinds[kind];
+    buffers += buffer(std::string("constant ") + type + "*", name,
+                      scalars_buffer + kind);
+    return std::string(name) + "[tensors[i].scalars[" + std::to_string(kind) +
+           "]]";
   };
-  buffers +=
-      buffer("constant float*", "gradient_scale", gradient_scale_buffer) +
-      buffer("constant bool*", "skip", skip_buffer) +
-      buffer("constant float*", "numbers", numbers_buffer) +
-      buffer("constant LaunchTensor*", "tensors", tensors_buffer) +
-      buffer("constant int64_t*", "walks", walks_buffer);
-  if (rule->reads_learning_rate) {
-    buffers += buffer("constant float*", "learning_rate", learning_rate_buffer);
-  }
-  if (rule->reads_step) {
-    buffers += buffer("constant uint64_t*", "step", step_buffer);
-  }
+  const auto prepare = "rule.prepare(" + value(learning_rate) + ", float(" +
+                       value(step) + "));\n";
+  const auto scale_and_skip = value(gradient_scale) + ", " + value(skip);
+  buffers += buffer("constant float*", "numbers", numbers_buffer) +
+             buffer("constant LaunchTensor*", "tensors", tensors_buffer) +
+             buffer("constant int64_t*", "walks", walks_buffer);
   const auto vector_arguments = "int64_t start, int count, bool vectorized";
   return fused_update_source + "\nstruct Slots {\n" + fields +
          "};\n\nMETAL_FUNC void load_states(const thread Slots& slots, " +
@@ -133,13 +138,8 @@ std::string UpdateKernel::source() const {
          "  const uint i = tensor_of_tile(tile, tensors);\n"
          "  Slots slots;\n" +
          choice + "\n  " + rule->name + "<float> rule;\n" +
-         "  set_numbers(rule, numbers + tensors[i].numbers);\n"
-         "  rule.prepare(" +
-         (rule->reads_learning_rate ? entry("learning_rate") : "0") + ", " +
-         (rule->reads_step ? "static_cast<float>(" + entry("step") + ")"
-                           : "0") +
-         ");\n  update_tile(slots, tensors[i], walks, rule, " +
-         entry("gradient_scale") + ", " + entry("skip") +
+         "  set_numbers(rule, numbers + tensors[i].numbers);\n  " + prepare +
+         "  update_tile(slots, tensors[i], walks, rule, " + scale_and_skip +
          ", tile, thread_index);\n}\n";
 }
 

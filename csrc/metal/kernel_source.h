@@ -12,11 +12,8 @@ namespace mlx_fused {
 // Indices of the arguments that the tensors of an update share; the arrays of
 // the tensors stand before them.
 enum SharedBuffer {
-  learning_rate_buffer = 24,
-  step_buffer,
-  gradient_scale_buffer,
-  skip_buffer,
-  numbers_buffer,
+  scalars_buffer = 24,
+  numbers_buffer = scalars_buffer + scalar_count,
   tensors_buffer,
   walks_buffer,
 };

@@ -165,7 +165,7 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
                 {rule,
                  sets_of(rule, hyperparameters),
                  sets.value_or(std::vector<uint32_t>()),
-                 {learning_rate, step, gradient_scale, skip, per_tensor},
+                 {{learning_rate, step, gradient_scale, skip}, per_tensor},
                  false,
                  after},
                 state_dtype, indices);
