@@ -464,10 +464,87 @@ def test_counters_are_exact() -> None:
             unique_bytes_written=64 * 4,
             constant_bytes_read=64 * 4,
             accesses=64 * 5,
+            # x[i / 2] and x[i / 2 + 1] of a simdgroup lie in one line or in two.
+            line_bytes_read=128 * (2 + 2 + 2 + 1),
+            line_bytes_written=128 * 2,
         )
     ]
     simulator.reset()
     assert simulator.counters() == []
+
+
+# What is written to y is read from x, with a factor of 128-byte lines to bytes.
+LINES: dict[str, tuple[str, str, int, int]] = {
+    "neighbours": ("float", "y[i] = x[i];", 1, 1),
+    "every second element": ("float", "y[i] = x[2 * i % 2048];", 2, 1),
+    "transposed": ("float", "y[i] = x[i % 32 * 64 + i / 32];", 32, 1),
+    "transposed, written": ("float", "y[i % 32 * 64 + i / 32] = x[i];", 1, 32),
+    "vectors": ("float4", "y[i] = x[i];", 1, 1),
+    "half": ("half", "y[i] = x[i];", 2, 2),
+    "vectors of half": ("half4", "y[i] = x[i];", 1, 1),
+    "one thread, four neighbours": (
+        "float",
+        "if (i < 512) for (uint j = 4 * i; j < 4 * i + 4; ++j) y[j] = x[j];",
+        4,
+        4,
+    ),
+    "structs copied": (
+        "float4",
+        "struct S { float v[4]; }; ((device S*)y)[i] = ((const device S*)x)[i];",
+        1,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", LINES)
+def test_cache_lines_are_counted_per_instruction_of_a_simdgroup(
+    name: str, seed: int
+) -> None:
+    msl, body, read, written = LINES[name]
+    dtype = np.float16 if msl.startswith("half") else np.float32
+    x = np.zeros((2048, 4 if msl.endswith("4") else 1), dtype)
+    y = np.zeros_like(x)
+    source = kernel(
+        f"device {msl}* y [[buffer(0)]], const device {msl}* x [[buffer(1)]]", body
+    )
+    launch = simulator.run(source, "k", [Out(y), x], grid=2048, group=256, seed=seed)
+    assert (launch.bytes_read, launch.bytes_written) == (x.nbytes, y.nbytes)
+    lines = (launch.line_bytes_read, launch.line_bytes_written)
+    assert lines == (read * x.nbytes, written * y.nbytes)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_threads_that_return_early_touch_no_line(seed: int) -> None:
+    # Of each simdgroup, 20 threads go on; a line of the grid's second half is not
+    # touched at all.
+    body = "if (i % 32 >= 20 || i >= 128) return;\ny[i] = 2 * y[i];"
+    launch = simulator.run(
+        kernel(OUT, body), "k", [Out(floats(256))], grid=256, group=64, seed=seed
+    )
+    assert launch.bytes_read == 4 * 20 * 4
+    assert (launch.line_bytes_read, launch.line_bytes_written) == (4 * 128, 4 * 128)
+
+
+def test_lines_are_those_of_the_arrays_own_memory() -> None:
+    # From byte 4 on each simdgroup reads the end of one line and most of the next.
+    memory, y = floats(65), floats(64)
+    source = kernel(IN_OUT, "y[i] = x[i];")
+    launch = simulator.run(source, "k", [Out(y), memory[1:]], grid=64, group=64)
+    assert (launch.line_bytes_read, launch.line_bytes_written) == (4 * 128, 2 * 128)
+
+
+def test_rounds_of_a_loop_are_instructions_of_their_own() -> None:
+    # All rounds read the same two lines, and each counts them.
+    body = "float s = 0; for (uint j = 0; j < 5; ++j) s += y[(i + j) % 64]; x[i] = s;"
+    source = kernel(
+        "const device float* y [[buffer(0)]], device float* x [[buffer(1)]]", body
+    )
+    x, y = floats(64), floats(64)
+    launch = simulator.run(source, "k", [x, Out(y)], grid=64, group=64)
+    # Round 0 touches a line a simdgroup, the other four touch both lines.
+    assert launch.line_bytes_read == 128 * 2 * (1 + 4 * 2)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -54,7 +54,12 @@ class Out:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch did. Bytes count every access, unique bytes each address once."""
+    """What a launch did.
+
+    Bytes count every access, unique bytes each address once. Line bytes count whole
+    cache lines of 128 bytes, and each line once for every instruction of a simdgroup
+    that touches it.
+    """
 
     kernel: str
     bytes_read: int  # through `device` pointers
@@ -63,6 +68,8 @@ class Launch:
     unique_bytes_written: int
     constant_bytes_read: int
     accesses: int
+    line_bytes_read: int  # through `device` pointers
+    line_bytes_written: int
 
 
 def library_path() -> Path:
@@ -175,7 +182,7 @@ def _size(size: int | tuple[int, ...]) -> ctypes.Array[ctypes.c_uint64]:
 def counters() -> list[Launch]:
     """All launches that succeeded since the last `reset`, in order."""
     launches: list[Launch] = []
-    numbers = (ctypes.c_uint64 * 6)()
+    numbers = (ctypes.c_uint64 * 8)()
     while kernel := library().metal_simulator_record(len(launches), numbers):
         launches.append(Launch(kernel.decode(), *numbers))
     return launches

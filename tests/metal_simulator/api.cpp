@@ -78,7 +78,8 @@ const char* metal_simulator_record(size_t n, uint64_t* numbers) {
   const auto& r = records[n];
   const uint64_t all[] = {r.bytes_read,          r.bytes_written,
                           r.unique_bytes_read,   r.unique_bytes_written,
-                          r.constant_bytes_read, r.accesses};
+                          r.constant_bytes_read, r.accesses,
+                          r.line_bytes_read,     r.line_bytes_written};
   std::copy(std::begin(all), std::end(all), numbers);
   name = r.kernel;
   return name.c_str();

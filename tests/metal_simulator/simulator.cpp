@@ -18,6 +18,7 @@
 #include <random>
 #include <sstream>
 #include <stdexcept>
+#include <unordered_map>
 #include <utility>
 
 namespace simulator {
@@ -126,6 +127,75 @@ class Arena {
     region.cells.assign(bytes, Cell{});
     return region;
   }
+};
+
+// ---- cache lines ------------------------------------------------------------
+
+// Counts the cache lines that a threadgroup's instructions touch. The lanes of
+// a simdgroup execute an instruction together on a GPU, and one after the other
+// here: the n-th time that one lane comes to an instruction is taken for the
+// n-th time that any other does. So a lane that leaves early changes nothing,
+// but one that leaves out a round of a loop is compared with the rounds of
+// others.
+class LineCounter {
+ public:
+  // Before the threads of a threadgroup run.
+  void start(size_t threads) {
+    for (auto& instruction : instructions_) {
+      instruction.rounds.assign(threads, 0);
+      for (auto& simdgroup : instruction.lines) {
+        simdgroup.clear();
+      }
+      instruction.lines.resize((threads + simdgroup_size - 1) / simdgroup_size);
+    }
+    threads_ = threads;
+  }
+
+  // How many lines are new to the instruction that returns to `caller`. A copy
+  // of a struct counts as two, one that reads and one that writes.
+  uint64_t touch(const void* caller, bool write, uint32_t thread,
+                 uintptr_t address, size_t bytes) {
+    Instruction& instruction =
+        find(reinterpret_cast<uintptr_t>(caller) << 1 | write);
+    const uint32_t round = instruction.rounds[thread]++;
+    auto& rounds = instruction.lines[thread / simdgroup_size];
+    if (round >= rounds.size()) {
+      rounds.resize(round + 1);
+    }
+    auto& lines = rounds[round];
+    uint64_t added = 0;
+    for (uintptr_t line = address / cache_line;
+         line <= (address + bytes - 1) / cache_line; ++line) {
+      // From the back: the neighbouring lane's is the likely one.
+      if (std::find(lines.rbegin(), lines.rend(), line) == lines.rend()) {
+        lines.push_back(line);
+        ++added;
+      }
+    }
+    return added;
+  }
+
+ private:
+  struct Instruction {
+    std::vector<uint32_t> rounds;  // of each thread
+    // of each simdgroup, in each round
+    std::vector<std::vector<std::vector<uintptr_t>>> lines;
+  };
+
+  Instruction& find(uintptr_t which) {
+    const auto [place, is_new] = places_.try_emplace(which, places_.size());
+    if (is_new) {
+      instructions_.emplace_back();
+      instructions_.back().rounds.assign(threads_, 0);
+      instructions_.back().lines.resize((threads_ + simdgroup_size - 1) /
+                                        simdgroup_size);
+    }
+    return instructions_[place->second];
+  }
+
+  size_t threads_ = 0;
+  std::unordered_map<uintptr_t, size_t> places_;
+  std::vector<Instruction> instructions_;
 };
 
 // ---- threads ----------------------------------------------------------------
@@ -240,6 +310,7 @@ class Execution {
   bool shuffled_;
   Arguments arguments_{};
   Size groups_{};
+  LineCounter lines_;
   std::map<uint32_t, uint64_t> variables_;  // site -> address
   size_t threadgroup_bytes_ = 0;
 
@@ -422,6 +493,7 @@ void Execution::run_group(const Size& group) {
   if (shuffled_) {
     std::shuffle(order_.begin(), order_.end(), random_);
   }
+  lines_.start(count);
   started_ = 0;
   while (started_ < count || !ready_.empty()) {
     const bool start =
@@ -565,6 +637,10 @@ void Execution::access(uintptr_t address, size_t bytes, bool write,
   if (region.space == Space::device) {
     (write ? record.bytes_written : record.bytes_read) += bytes;
     unique = write ? &record.unique_bytes_written : &record.unique_bytes_read;
+    // Arrays begin at pages here, as in Metal.
+    (write ? record.line_bytes_written : record.line_bytes_read) +=
+        cache_line *
+        lines_.touch(caller, write, thread_->index, address, bytes);
   } else if (region.space == Space::constant) {
     record.constant_bytes_read += bytes;
   }

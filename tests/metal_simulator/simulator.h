@@ -26,6 +26,9 @@ constexpr size_t max_threadgroup_bytes = 32 * 1024;
 constexpr size_t max_set_bytes = 4096;
 constexpr unsigned simdgroup_size = 32;
 
+// What a GPU moves at least between memory and its caches.
+constexpr size_t cache_line = 128;
+
 using Size = std::array<uint64_t, 3>;  // width, height, depth
 inline uint64_t volume(const Size& size) { return size[0] * size[1] * size[2]; }
 
@@ -138,6 +141,10 @@ class Encoder {
 };
 
 // What a launch did. Bytes count each access, unique bytes each address once.
+// Line bytes count whole cache lines, and each line once for every instruction
+// of a simdgroup that touches it: in a launch whose simdgroups read whole lines
+// they are the bytes, where each thread reads from a line of its own 32 times
+// that and more.
 struct Record {
   std::string kernel;
   uint64_t bytes_read = 0;  // through `device` pointers
@@ -145,7 +152,9 @@ struct Record {
   uint64_t unique_bytes_read = 0;
   uint64_t unique_bytes_written = 0;
   uint64_t constant_bytes_read = 0;
-  uint64_t accesses = 0;  // all of the above and of threadgroup memory
+  uint64_t accesses = 0;         // all of the above and of threadgroup memory
+  uint64_t line_bytes_read = 0;  // through `device` pointers
+  uint64_t line_bytes_written = 0;
 };
 std::vector<Record> records();
 
