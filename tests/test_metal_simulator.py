@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -587,6 +588,125 @@ def test_positions_and_uneven_threadgroups(seed: int) -> None:
         assert out[z, y, x].tolist() == expected
 
 
+# ---- the arithmetic that a GPU may do ---------------------------------------
+
+
+def both_ways(
+    source: str, x: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What a kernel makes of x with the CPU's arithmetic, and with the unkind one."""
+    kind, unkind = np.zeros_like(x), np.zeros_like(x)
+    simulator.run(source, "k", [Out(kind), x], grid=x.size, group=x.size)
+    with simulator.unkind():
+        simulator.run(source, "k", [Out(unkind), x], grid=x.size, group=x.size)
+    return kind, unkind
+
+
+OFF = "#pragma METAL fp contract(off)\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y[i] = x[i] * x[i] - (1 + 0x1p-11f);",
+        "float s = x[i] * x[i];\nfloat t = s - (1 + 0x1p-11f);\ny[i] = t;",
+    ],
+    ids=["one statement", "two statements"],
+)
+def test_unkind_contracts_unless_the_source_forbids_it(body: str) -> None:
+    x = np.full(1, 1 + 2.0**-12, np.float32)  # its square needs a bit too many
+    for source, contracted in (
+        (kernel(IN_OUT, body), True),
+        (OFF + kernel(IN_OUT, body), False),
+        (kernel(IN_OUT, OFF + body), False),
+    ):
+        kind, unkind = both_ways(source, x)
+        assert (kind[0], unkind[0]) == (0, 2.0**-24 if contracted else 0)
+
+
+def test_a_pragma_cannot_bring_contraction_back_where_it_is_off() -> None:
+    source = "#pragma METAL fp contract(fast)\n" + kernel(
+        IN_OUT, "y[i] = x[i] * x[i] - (1 + 0x1p-11f);"
+    )
+    kind, unkind = both_ways(source, np.full(1, 1 + 2.0**-12, np.float32))
+    assert (kind[0], unkind[0]) == (0, 2.0**-24)
+
+
+# Calls, and what numpy makes of them in float64.
+FAST: dict[str, Callable[[Any], Any]] = {
+    "pow(x[i], 3.7f)": lambda x: x ** np.float64(np.float32(3.7)),
+    "powr(x[i], 3.7f)": lambda x: x ** np.float64(np.float32(3.7)),
+    "exp(x[i])": np.exp,
+    "exp2(x[i])": np.exp2,
+    "log(x[i])": np.log,
+    "log2(x[i])": np.log2,
+    "sqrt(x[i])": np.sqrt,
+    "rsqrt(x[i])": lambda x: 1 / np.sqrt(x),
+    "tanh(x[i])": np.tanh,
+    "divide(x[i], 3.0f)": lambda x: x / 3,
+}
+
+
+@pytest.mark.parametrize("call", FAST)
+def test_unkind_makes_errors_in_fast_functions_only(call: str) -> None:
+    x = np.linspace(1.5, 9, 256, dtype=np.float32)
+    exact = FAST[call](x.astype(np.float64))
+    for namespace, wrong in (("metal", True), ("fast", True), ("precise", False)):
+        source = kernel(IN_OUT, f"y[i] = {namespace}::{call};")
+        kind, unkind = both_ways(source, x)
+        assert np.abs(kind / exact - 1).max() <= 2.0**-23
+        assert np.array_equal(kind, unkind) is not wrong
+        if wrong:
+            # The error put in, and what pow's logarithm and exponential add to it.
+            error = unkind / exact - 1
+            assert np.abs(np.mean(error) - 2.0**-22) < 2.0**-25
+            assert np.abs(error).max() < (2.0**-19 if "pow" in call else 2.0**-21)
+
+
+def test_unkind_pow_does_not_know_what_the_precise_one_knows() -> None:
+    x = np.array([-2, 0], np.float32)
+    kind, unkind = both_ways(kernel(IN_OUT, "y[i] = pow(x[i], 2 - 2 * i);"), x)
+    assert kind.tolist() == [4, 1]
+    assert np.isnan(unkind).all()
+
+
+def test_unkind_flushes_subnormal_operands_and_results() -> None:
+    x = np.array([1e-40, 2.0**-100, 2.0**-126], np.float32)
+    kind, unkind = both_ways(
+        kernel(IN_OUT, "y[i] = i == 1 ? x[i] * 0x1p-40f : x[i] * 2;"), x
+    )
+    assert kind.tolist() == [2 * x[0], 2.0**-140, 2.0**-125]
+    assert unkind.tolist() == [0, 0, 2.0**-125]
+    # That ends with the launch.
+    assert np.float32(2.0**-100) * np.float32(2.0**-40) == 2.0**-140
+
+
+def test_unkind_flushes_after_a_barrier_too() -> None:
+    body = f"threadgroup float s[64]; s[i] = x[i]; {BARRIER} y[i] = s[63 - i] * 2;"
+    x = np.full(64, 1e-40, np.float32)
+    kind, unkind = both_ways(kernel(IN_OUT, body), x)
+    assert kind.tolist() == (2 * x).tolist()
+    assert unkind.tolist() == [0] * 64
+
+
+def test_unkind_converts_subnormal_halves() -> None:
+    x = np.arange(1024, dtype=np.uint16).view(np.float16)
+    source = kernel(
+        "device half* y [[buffer(0)]], const device half* x [[buffer(1)]]",
+        "y[i] = half(float(x[i]) * 1.0f);",
+    )
+    for result in both_ways(source, x):
+        assert np.array_equal(result.view(np.uint16), x.view(np.uint16))
+
+
+def test_unkind_leaves_other_results_alone() -> None:
+    rng = np.random.default_rng(9)
+    x = rng.normal(size=512).astype(np.float32)
+    body = "y[i] = precise::sqrt(fabs(x[i])) / (x[i] + 1) + simd_sum(x[i]);"
+    kind, unkind = both_ways(OFF + kernel(IN_OUT, body), x)
+    assert np.array_equal(kind, unkind)
+
+
 # ---- kernels that MLX ships -------------------------------------------------
 
 HEADERS = "mlx/backend/metal/kernels/"
@@ -776,3 +896,15 @@ def test_host_code_gets_errors_in_eval_and_goes_on(example: Any) -> None:
     with pytest.raises(ValueError, match="a grid or threadgroup of size zero"):
         mx.eval(example.shift(x, 1.0, 0))
     assert example.shift(x, 1.0, 64).tolist() == [i + 1.0 for i in range(64)]
+
+
+def test_host_code_may_be_unkind_with_pipelines_that_it_keeps(example: Any) -> None:
+    x = mx.full((64,), 1e-40)
+    mx.eval(x)
+    assert example.shift(x, 0.0, 64).tolist() == x.tolist()
+    with simulator.unkind():
+        flushed = example.shift(x, 0.0, 64)
+        mx.eval(flushed)
+    assert flushed.tolist() == [0] * 64
+    assert example.shift(x, 0.0, 64).tolist() == x.tolist()
+    assert simulator.take_errors() == []

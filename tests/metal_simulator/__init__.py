@@ -13,7 +13,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,9 @@ __all__ = [
     "reset",
     "run",
     "set_seed",
+    "set_unkind",
     "take_errors",
+    "unkind",
 ]
 
 
@@ -96,6 +99,8 @@ def library() -> ctypes.CDLL:
         ("set_threadgroup_memory", ctypes.c_bool, [size, ctypes.c_int]),
         ("dispatch", ctypes.c_bool, [pointer, pointer, ctypes.c_uint64]),
         ("set_seed", None, [ctypes.c_uint64]),
+        ("is_unkind", ctypes.c_bool, []),
+        ("set_unkind", None, [ctypes.c_bool]),
         ("record", text, [size, pointer]),
         ("clear_records", None, []),
         ("take_errors", text, []),
@@ -149,7 +154,7 @@ def run(
         MetalError: what is wrong, with kernel, buffer, thread and line.
     """
     simulator = library()
-    path = compile_kernels(source, name, include)
+    path = compile_kernels(source, name, include, simulator.metal_simulator_is_unkind())
     _check(simulator.metal_simulator_set_kernel(_kernels(path), kernel.encode()))
     for position, entry in enumerate(buffers):
         index, buffer = entry if isinstance(entry, tuple) else (position, entry)
@@ -206,3 +211,26 @@ def set_seed(seed: int) -> None:
     """The order of threads in launches of host code; the default is the
     environment's MLX_FUSED_SIMULATOR_SEED, or 0, the natural one."""
     library().metal_simulator_set_seed(seed)
+
+
+def set_unkind(value: bool) -> None:
+    """Whether launches from now on do the arithmetic that a GPU may do.
+
+    Products and sums are contracted to fused multiply-adds where the source has no
+    ``#pragma METAL fp contract(off)``; functions with a fast form (``pow``, ``exp``,
+    ``log``, ``sqrt``...) are off by a relative error of 2^-22 unless they are called
+    as ``precise::``; subnormal numbers are flushed to zero. The default is the
+    environment's MLX_FUSED_SIMULATOR_UNKIND.
+    """
+    library().metal_simulator_set_unkind(value)
+
+
+@contextmanager
+def unkind() -> Iterator[None]:
+    """`set_unkind` for a block, also for the host code that is encoded in it."""
+    before = library().metal_simulator_is_unkind()
+    set_unkind(True)
+    try:
+        yield
+    finally:
+        set_unkind(before)

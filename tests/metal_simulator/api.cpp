@@ -65,6 +65,10 @@ bool metal_simulator_dispatch(const uint64_t* grid, const uint64_t* group,
   });
 }
 
+bool metal_simulator_is_unkind() { return simulator::is_unkind(); }
+
+void metal_simulator_set_unkind(bool unkind) { simulator::set_unkind(unkind); }
+
 void metal_simulator_set_seed(uint64_t seed) { simulator::set_seed(seed); }
 
 // Copies the numbers of launch n to `numbers`, in the order of Record, and

@@ -5,7 +5,7 @@ msl/language). Each load and store of the kernel then calls the simulator:
 -fsanitize=kernel-address puts the calls there, -fsanitize=alignment and bounds
 add what only the compiler knows.
 
-The preprocessed text is changed in four ways, because no macro can do it:
+The preprocessed text is changed in five ways, because no macro can do it:
 
 - ``template [[host_name("x")]] [[kernel]] decltype(f<T>) f<T>;`` loses its
   attributes, which C++ does not allow there; the name "x" is kept for a table.
@@ -14,6 +14,7 @@ The preprocessed text is changed in four ways, because no macro can do it:
   simulator gives: OpenCL allows such variables in its own kernels only.
 - ``thread`` after a method's parameters goes, and with it the check that its
   object is a thread's: OpenCL gives temporary objects no address space.
+- ``#pragma METAL fp contract(off)`` becomes clang's own.
 
 So that line numbers stay, no line is added before the text's end.
 
@@ -28,6 +29,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -58,6 +60,15 @@ FLAGS = [
     *("-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"),
     # Not AddressSanitizer's own names: it may watch over the simulator.
     *("-mllvm", "-asan-memory-access-callback-prefix=simulator_"),
+]
+
+# What a GPU may do instead. The standard library's part is in msl/metal_stdlib,
+# and flushing subnormal numbers is the launch's.
+UNKIND_FLAGS = [
+    # Also across statements, but not where a pragma turns it off.
+    "-ffp-contract=fast-honor-pragmas",
+    *(["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []),
+    "-DSIMULATOR_UNKIND=1",
 ]
 
 # The order is that of simulator::Arguments and of Attribute in simulator.h.
@@ -92,20 +103,27 @@ class Kernel:
 
 
 def compile_kernels(
-    source: str, name: str = "kernel", include: tuple[str, ...] = ()
+    source: str,
+    name: str = "kernel",
+    include: tuple[str, ...] = (),
+    unkind: bool = False,
 ) -> Path:
-    """Returns the shared library of the kernels in `source`; `name` names its lines."""
-    flags = [*FLAGS, f"-I{SHIM}", *(f"-I{directory}" for directory in include)]
+    """Returns the shared library of the kernels in `source`; `name` names its lines.
+
+    With `unkind` they do the arithmetic that a GPU may do, not that of the CPU.
+    """
+    arithmetic = [*FLAGS, *(UNKIND_FLAGS if unkind else [])]
+    flags = [*arithmetic, f"-I{SHIM}", *(f"-I{directory}" for directory in include)]
     text = _zig(
         ["clang", *flags, "-E", "-include", str(SHIM / "language"), "-"],
         f'#line 1 "{name}.metal"\n{source}\n'
         "#include <metal_stdlib>\n#include <launch>\n",
     )
     version = importlib.metadata.version("ziglang")
-    recipe = "\0".join([text, *FLAGS, version, Path(__file__).read_text()])
+    recipe = "\0".join([text, *arithmetic, version, Path(__file__).read_text()])
     library = cache_folder() / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.so"
     if not library.exists():
-        unit = rewrite(text)
+        unit = rewrite(text, unkind)
         syntax = ["-fsyntax-only", "-Xclang", "-ast-dump", "-"]
         check_address_spaces(_zig(["clang", *flags, *syntax], unit))
         plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes"]
@@ -127,7 +145,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def rewrite(text: str) -> str:
+def rewrite(text: str, unkind: bool = False) -> str:
     """Preprocessed MSL -> C++ for OpenCL, with an entry for each kernel."""
     declared: dict[str, list[str]] = {}
     for match in re.finditer(rf"{KERNEL}\s+void\s+(\w+)\s*\(", text):
@@ -163,7 +181,11 @@ def rewrite(text: str) -> str:
         ),
         text,
     )
-    return text + _entries(kernels)
+    # A pragma that allows contraction must not bring it back in the kind mode.
+    modes = "off|on|fast" if unkind else "off"
+    pragma = rf"(?m)^(\s*#\s*pragma )METAL( fp contract\s*\((?:{modes})\))"
+    text = re.sub(pragma, r"\1clang\2", text)
+    return text + _entries(kernels, unkind)
 
 
 def check_address_spaces(tree: str) -> None:
@@ -216,13 +238,14 @@ def check_copies(llvm: str) -> str:
     return "\n".join([*lines, "declare void @simulator_copy_aligned(ptr, i64)", ""])
 
 
-def _entries(kernels: list[Kernel]) -> str:
+def _entries(kernels: list[Kernel], unkind: bool) -> str:
     """What simulator.h's Library looks up: names, buffers and a call of each kernel."""
     # decltype(f) of a function counts as taking its address.
     pragma = "#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable"
     names = "".join(f"{kernel.name}\\n" for kernel in kernels)
     lines = ["", '# 1 "entries"', pragma, 'extern "C" {']
     lines.append(f'extern constant char simulator_kernels[] = "{names}";')
+    lines.append(f"extern constant int simulator_unkind = {int(unkind)};")
     unchecked = '__attribute__((no_sanitize("kernel-address", "alignment", "bounds")))'
     for number, kernel in enumerate(kernels):
         traits = f"simulator::Kernel<decltype({kernel.function})>"
@@ -315,9 +338,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile MSL for the simulator.")
     parser.add_argument("--name", default="kernel")
     parser.add_argument("-I", dest="include", action="append", default=[])
+    parser.add_argument("--unkind", action="store_true")
     options = parser.parse_args()
     try:
-        print(compile_kernels(sys.stdin.read(), options.name, tuple(options.include)))
+        include = tuple(options.include)
+        print(compile_kernels(sys.stdin.read(), options.name, include, options.unkind))
     except CompileError as error:
         print(error)
         return 1

@@ -2,6 +2,34 @@
 
 #include "mlx/backend/cpu/encoder.h"
 
+namespace MTL {
+
+simulator::Library& Library::kernels() {
+  std::lock_guard lock(mutex_);
+  const bool unkind = simulator::is_unkind();
+  auto& kernels = kernels_[unkind];
+  if (!kernels) {
+    kernels = simulator::Library::compile(source_, name_, unkind);
+  }
+  return *kernels;
+}
+
+ComputePipelineState* Library::pipeline(const std::string& name) {
+  kernels().kernel(name);  // throws if there is none
+  std::lock_guard lock(mutex_);
+  auto& pipeline = pipelines_[name];
+  if (!pipeline) {
+    pipeline = std::make_unique<ComputePipelineState>(this, name);
+  }
+  return pipeline.get();
+}
+
+const simulator::Kernel* ComputePipelineState::kernel() const {
+  return library_->kernels().kernel(name_);
+}
+
+}  // namespace MTL
+
 namespace mlx::core::metal {
 
 void CommandEncoder::bind(const array& a, int idx, int64_t offset,
@@ -82,9 +110,9 @@ MTL::Library* Device::get_library(
   std::lock_guard lock(mutex_);
   auto& library = libraries_[name];
   if (!library) {
-    auto compiled = simulator::Library::compile(builder(), name);
-    library = std::make_unique<MTL::Library>();
-    library->kernels = std::move(compiled);
+    auto compiled = std::make_unique<MTL::Library>(name, builder());
+    compiled->kernels();  // throws if it does not compile
+    library = std::move(compiled);
   }
   return library.get();
 }
@@ -98,13 +126,7 @@ void Device::clear_library(const std::string& name) {
 
 MTL::ComputePipelineState* Device::get_kernel(const std::string& base_name,
                                               MTL::Library* mtl_lib) {
-  std::lock_guard lock(mutex_);
-  auto& pipeline = mtl_lib->pipelines[base_name];
-  if (!pipeline) {
-    pipeline = std::make_unique<MTL::ComputePipelineState>(
-        mtl_lib->kernels->kernel(base_name));
-  }
-  return pipeline.get();
+  return mtl_lib->pipeline(base_name);
 }
 
 Device& device(mlx::core::Device) {

@@ -52,7 +52,8 @@ std::string quoted(const std::string& text) {
 }  // namespace
 
 std::unique_ptr<Library> Library::compile(const std::string& source,
-                                          const std::string& name) {
+                                          const std::string& name,
+                                          bool unkind) {
   const char* chosen = std::getenv("MLX_FUSED_SIMULATOR_PYTHON");
   char file[] = "/tmp/metal_simulator_XXXXXX";
   const int descriptor = mkstemp(file);
@@ -63,9 +64,10 @@ std::unique_ptr<Library> Library::compile(const std::string& source,
   std::ofstream(file) << source;
   std::string path;
   try {
-    path = output_of(quoted(chosen ? chosen : METAL_SIMULATOR_PYTHON) + " " +
-                     quoted(METAL_SIMULATOR_COMPILER) + " --name " +
-                     quoted(name) + " < " + file + " 2>&1");
+    path =
+        output_of(quoted(chosen ? chosen : METAL_SIMULATOR_PYTHON) + " " +
+                  quoted(METAL_SIMULATOR_COMPILER) + " --name " + quoted(name) +
+                  (unkind ? " --unkind < " : " < ") + file + " 2>&1");
   } catch (const std::runtime_error& error) {
     std::filesystem::remove(file);
     throw std::runtime_error("metal simulator: unable to build library " +
@@ -106,6 +108,7 @@ Library::Library(const std::string& path) : path_(path) {
         return 0;
       },
       this);
+  unkind_ = *static_cast<const int*>(dlsym(handle, "simulator_unkind"));
   std::istringstream lines(names);
   std::string name;
   for (int n = 0; std::getline(lines, name); ++n) {

@@ -8,8 +8,12 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -259,6 +263,36 @@ struct Fiber {
 };
 constexpr size_t stack_bytes = 256 * 1024;
 
+// While it lives, and if it is to, this thread of the CPU takes subnormal
+// numbers for zero. A fiber starts and goes on with what holds then.
+class SubnormalsFlushed {
+ public:
+#if defined(__x86_64__)
+  explicit SubnormalsFlushed(bool flushed) : before_(_mm_getcsr()) {
+    constexpr unsigned results = 1 << 15;
+    constexpr unsigned operands = 1 << 6;
+    _mm_setcsr(flushed ? before_ | results | operands : before_);
+  }
+  ~SubnormalsFlushed() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  explicit SubnormalsFlushed(bool flushed) {
+    constexpr uint64_t flush = 1 << 24;
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    set(flushed ? before_ | flush : before_);
+  }
+  ~SubnormalsFlushed() { set(before_); }
+
+ private:
+  static void set(uint64_t mode) { asm volatile("msr fpcr, %0" ::"r"(mode)); }
+  uint64_t before_;
+#else
+#error "how are subnormal numbers flushed on this processor?"
+#endif
+};
+
 // Where threads wait for each other.
 struct Rendezvous {
   std::vector<Fiber*> waiting;
@@ -354,6 +388,13 @@ State& state() {
   static State state;
   return state;
 }
+std::atomic<bool>& unkind() {
+  static std::atomic<bool> unkind = [] {
+    const char* text = std::getenv("MLX_FUSED_SIMULATOR_UNKIND");
+    return text && *text && std::string(text) != "0";
+  }();
+  return unkind;
+}
 // Not through state(): this is read at each access.
 Execution* running = nullptr;
 
@@ -431,6 +472,7 @@ void Execution::run() {
   if (shuffled_) {
     std::shuffle(order.begin(), order.end(), random_);
   }
+  const SubnormalsFlushed mode(launch_.kernel->library->unkind());
   for (uint64_t n : order) {
     run_group({n % groups_[0], n / groups_[0] % groups_[1],
                n / groups_[0] / groups_[1]});
@@ -930,6 +972,9 @@ void set_seed(uint64_t seed) {
   state().seed = seed;
   state().launches = 0;
 }
+
+bool is_unkind() { return unkind(); }
+void set_unkind(bool value) { unkind() = value; }
 
 }  // namespace simulator
 

@@ -73,15 +73,16 @@ struct Kernel {
 // stays loaded: a launch may still be waiting in a stream.
 class Library {
  public:
-  // Compiles MSL text; `name` names its lines in messages. Throws
-  // std::runtime_error with the compiler's message.
+  // Compiles MSL text; `name` names its lines in messages, `unkind` is as for
+  // set_unkind(). Throws std::runtime_error with the compiler's message.
   static std::unique_ptr<Library> compile(const std::string& source,
-                                          const std::string& name);
+                                          const std::string& name, bool unkind);
 
   explicit Library(const std::string& path);
 
   Kernel* kernel(const std::string& name);  // throws std::invalid_argument
   bool contains(uintptr_t address) const;
+  bool unkind() const { return unkind_; }
   // "file.metal:12", or the address where no addr2line is installed.
   std::string line(const void* return_address) const;
 
@@ -89,6 +90,7 @@ class Library {
   std::string path_;
   uintptr_t begin_ = 0;
   uintptr_t end_ = 0;
+  bool unkind_ = false;
   std::map<std::string, Kernel> kernels_;
 };
 
@@ -167,5 +169,11 @@ void clear_records();
 
 // The order of threads and threadgroups: 0 is the natural one.
 void set_seed(uint64_t seed);
+
+// Whether launches from now on do the arithmetic that a GPU may do: products
+// and sums contracted to fused multiply-adds, fast forms of functions off by
+// 2^-22, subnormal numbers flushed to zero. Otherwise it is that of the CPU.
+bool is_unkind();
+void set_unkind(bool unkind);
 
 }  // namespace simulator

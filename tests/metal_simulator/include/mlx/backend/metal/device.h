@@ -44,10 +44,12 @@ struct Size {
   }
 };
 
+class Library;
+
 class ComputePipelineState {
  public:
-  explicit ComputePipelineState(const simulator::Kernel* kernel)
-      : kernel(kernel) {}
+  ComputePipelineState(Library* library, std::string name)
+      : library_(library), name_(std::move(name)) {}
   NS::UInteger maxTotalThreadsPerThreadgroup() const {
     return simulator::max_threads_per_threadgroup;
   }
@@ -55,12 +57,30 @@ class ComputePipelineState {
     return simulator::simdgroup_size;
   }
 
-  const simulator::Kernel* kernel;
+  // As it is to run now: host code may keep a pipeline while the simulator is
+  // made unkind.
+  const simulator::Kernel* kernel() const;
+
+ private:
+  Library* library_;
+  std::string name_;
 };
 
-struct Library {
-  std::unique_ptr<simulator::Library> kernels;
-  std::map<std::string, std::unique_ptr<ComputePipelineState>> pipelines;
+class Library {
+ public:
+  Library(std::string name, std::string source)
+      : name_(std::move(name)), source_(std::move(source)) {}
+
+  // As simulator::is_unkind() wants it, compiled when it is first needed.
+  simulator::Library& kernels();
+  ComputePipelineState* pipeline(const std::string& name);
+
+ private:
+  std::mutex mutex_;
+  std::string name_;
+  std::string source_;
+  std::map<bool, std::unique_ptr<simulator::Library>> kernels_;
+  std::map<std::string, std::unique_ptr<ComputePipelineState>> pipelines_;
 };
 
 }  // namespace MTL
@@ -91,7 +111,7 @@ class CommandEncoder {
   // Takes all bindings away: Metal would keep them, but a kernel that relies on
   // those of another is a fault.
   void set_compute_pipeline_state(MTL::ComputePipelineState* kernel) {
-    encoder_.set_kernel(kernel->kernel);
+    encoder_.set_kernel(kernel->kernel());
   }
 
   template <typename Vec, typename = std::enable_if_t<is_vector_v<Vec>>>
@@ -133,7 +153,7 @@ class CommandEncoder {
 class Device {
  public:
   // Compiles what `builder` returns, once for each name. The math mode of
-  // `compile_options` changes nothing: all arithmetic is the safe one.
+  // `compile_options` changes nothing: simulator::set_unkind() does.
   MTL::Library* get_library(const std::string& name,
                             const CompileOptions& compile_options,
                             const std::function<std::string(void)>& builder);
