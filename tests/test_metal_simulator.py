@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -468,6 +468,7 @@ def test_counters_are_exact() -> None:
             # x[i / 2] and x[i / 2 + 1] of a simdgroup lie in one line or in two.
             line_bytes_read=128 * (2 + 2 + 2 + 1),
             line_bytes_written=128 * 2,
+            barriers=0,
         )
     ]
     simulator.reset()
@@ -907,4 +908,135 @@ def test_host_code_may_be_unkind_with_pipelines_that_it_keeps(example: Any) -> N
         mx.eval(flushed)
     assert flushed.tolist() == [0] * 64
     assert example.shift(x, 0.0, 64).tolist() == x.tolist()
+    assert simulator.take_errors() == []
+
+
+@pytest.fixture
+def natural_order() -> Iterator[None]:
+    yield
+    simulator.set_seed(0)
+
+
+def run_program(example: Any, steps: str, kept: str = "", seed: int = 0) -> list[float]:
+    """The output of a program (see example.cpp) on 64 zeros."""
+    simulator.reset()
+    simulator.set_seed(seed)
+    x = mx.zeros((64,))
+    mx.eval(x)
+    y = example.program(x, steps, kept)
+    mx.eval(y)
+    values: list[float] = y.tolist()
+    return values
+
+
+def test_arrays_must_live_until_their_launches_run(
+    example: Any, natural_order: None
+) -> None:
+    assert run_program(example, "x>t t>y", kept="t") == [2] * 64
+    with pytest.raises(
+        RuntimeError,
+        match="kernel shift_float: the array of buffer 1 is gone when the launch runs",
+    ):
+        run_program(example, "x>t t>y")
+    assert len(simulator.take_errors()) >= 1
+    assert run_program(example, "x>t t>u u>y", kept="tu") == [3] * 64
+    simulator.take_errors()
+
+
+# Steps, how many barriers MLX places, and what 64 zeros become.
+PROGRAMS: dict[str, tuple[str, int, float]] = {
+    "independent": ("x>t x>y", 0, 1),
+    "a read after a write": ("x>t t>y", 1, 2),
+    "a write after a read": ("x>t t>y x>t", 2, 2),
+    "a write after a write": ("x>y x>y", 1, 1),
+    "two reads": ("x>t t>u t>y", 1, 2),
+    "a chain": ("x>t t>u u>y", 2, 3),
+    "halves of one buffer": ("x>y/0 x>y/1", 1, 1),
+    "halves, concurrent": ("( x>y/0 x>y/1 )", 0, 1),
+    "halves, concurrent, then read": ("( x>t/0 x>t/1 ) t>y", 1, 2),
+    "a read in a concurrent part of what came before": ("x>t ( t>y/0 t>y/1 )", 1, 2),
+    "a barrier of one's own": ("( x>t | t>y )", 1, 2),
+    # MLX does not know what a barrier of one's own has made unnecessary.
+    "a write after a read, with a barrier": ("x>t t>u | ( x>t u>y )", 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_barriers_are_where_mlx_places_them(
+    example: Any, name: str, natural_order: None
+) -> None:
+    steps, barriers, value = PROGRAMS[name]
+    for seed in range(6):
+        assert run_program(example, steps, kept="tu", seed=seed) == [value] * 64
+        assert simulator.barriers() == barriers
+        launches = simulator.counters()
+        assert [launch.barriers for launch in launches] == sorted(
+            launch.barriers for launch in launches
+        )
+    assert simulator.take_errors() == []
+
+
+# Steps in which a barrier is missing, and what the simulator says of the bytes.
+RACES = {
+    "a read after a write": ("( x>t t>y )", "0 is read at byte 0, .* has written"),
+    "a write after a write": ("( x>y x>y )", "1 is written at byte 0, .* has written"),
+    "a write after a read in the concurrent part": (
+        "x>t ( t>y x>t )",
+        "1 is written at byte 0, .* has read",
+    ),
+    "a write after a read that came before": (
+        "x>t t>u ( x>t ) u>y",
+        "1 is written at byte 0, .* has read",
+    ),
+    "halves that overlap": (
+        "( x>y/1 x>y )",
+        "1 is written at byte 128, .* has written",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_missing_barrier_is_reported_in_any_order(
+    example: Any, name: str, natural_order: None
+) -> None:
+    steps, message = RACES[name]
+    message = f"kernel shift_float: buffer {message}, with no barrier between the"
+    with pytest.raises(RuntimeError, match=message):
+        run_program(example, steps, kept="tu")
+    for seed in range(1, 6):
+        with pytest.raises(RuntimeError, match="with no barrier between the launches"):
+            run_program(example, steps, kept="tu", seed=seed)
+    simulator.take_errors()
+
+
+def test_seeds_change_the_order_of_launches_between_barriers(
+    example: Any, natural_order: None
+) -> None:
+    # The first three launches move 256, 128 and 128 bytes each way.
+    x = mx.zeros((64,))
+    orders = set()
+    for seed in range(8):
+        simulator.reset()
+        simulator.set_seed(seed)
+        mx.eval(example.program(x, "( x>t x>u/0 x>y/1 ) t>y/0", "tu"))
+        launches = simulator.counters()
+        assert launches[-1].barriers == 1
+        orders.add(tuple(launch.bytes_read for launch in launches))
+    assert (256, 128, 128, 128) in orders
+    assert (128, 256, 128, 128) in orders
+    assert (128, 128, 256, 128) in orders
+    assert simulator.take_errors() == []
+
+
+def test_reset_ends_what_is_encoded(example: Any) -> None:
+    x = mx.zeros((64,))
+    mx.eval(x)
+    for reset, barriers in ((False, 1), (True, 0)):
+        simulator.reset()
+        y = example.program(x, "x>y", "")
+        mx.eval(y)
+        if reset:
+            simulator.reset()
+        mx.eval(example.program(y, "x>y", ""))
+        assert simulator.barriers() == barriers
     assert simulator.take_errors() == []

@@ -30,6 +30,7 @@ __all__ = [
     "Launch",
     "MetalError",
     "Out",
+    "barriers",
     "compile_kernels",
     "counters",
     "library",
@@ -73,6 +74,7 @@ class Launch:
     accesses: int
     line_bytes_read: int  # through `device` pointers
     line_bytes_written: int
+    barriers: int  # of host code, before it since the last reset
 
 
 def library_path() -> Path:
@@ -102,6 +104,7 @@ def library() -> ctypes.CDLL:
         ("is_unkind", ctypes.c_bool, []),
         ("set_unkind", None, [ctypes.c_bool]),
         ("record", text, [size, pointer]),
+        ("barriers", ctypes.c_uint64, []),
         ("clear_records", None, []),
         ("take_errors", text, []),
     ):
@@ -187,15 +190,27 @@ def _size(size: int | tuple[int, ...]) -> ctypes.Array[ctypes.c_uint64]:
 def counters() -> list[Launch]:
     """All launches that succeeded since the last `reset`, in order."""
     launches: list[Launch] = []
-    numbers = (ctypes.c_uint64 * 8)()
+    numbers = (ctypes.c_uint64 * 9)()
     while kernel := library().metal_simulator_record(len(launches), numbers):
         launches.append(Launch(kernel.decode(), *numbers))
     return launches
 
 
 def reset() -> None:
-    """Forgets the launches."""
+    """Forgets the launches and barriers.
+
+    What is encoded from now on has no launch before it to wait for, as in MLX at the
+    beginning of each ``mx.eval``.
+    """
     library().metal_simulator_clear_records()
+
+
+def barriers() -> int:
+    """Barriers between launches of host code since the last `reset`.
+
+    They are where MLX would place them, were there no operations of its own between.
+    """
+    return int(library().metal_simulator_barriers())
 
 
 def take_errors() -> list[str]:

@@ -42,7 +42,8 @@ bool metal_simulator_set_kernel(simulator::Library* library, const char* name) {
 bool metal_simulator_bind(int index, char* data, size_t bytes, size_t offset,
                           bool writable) {
   return guarded([&] {
-    encoder.bind(index, {nullptr, data, 0, bytes, offset, writable});
+    encoder.bind(index,
+                 {nullptr, std::nullopt, data, 0, bytes, offset, writable});
   });
 }
 
@@ -80,10 +81,10 @@ const char* metal_simulator_record(size_t n, uint64_t* numbers) {
     return nullptr;
   }
   const auto& r = records[n];
-  const uint64_t all[] = {r.bytes_read,          r.bytes_written,
-                          r.unique_bytes_read,   r.unique_bytes_written,
-                          r.constant_bytes_read, r.accesses,
-                          r.line_bytes_read,     r.line_bytes_written};
+  const uint64_t all[] = {
+      r.bytes_read,           r.bytes_written,       r.unique_bytes_read,
+      r.unique_bytes_written, r.constant_bytes_read, r.accesses,
+      r.line_bytes_read,      r.line_bytes_written,  r.barriers};
   std::copy(std::begin(all), std::end(all), numbers);
   name = r.kernel;
   return name.c_str();
@@ -98,6 +99,8 @@ const char* metal_simulator_take_errors() {
   }
   return lines.c_str();
 }
+
+uint64_t metal_simulator_barriers() { return simulator::barriers(); }
 
 void metal_simulator_clear_records() { simulator::clear_records(); }
 

@@ -43,7 +43,8 @@ void CommandEncoder::bind(const array& a, int idx, int64_t offset,
   }
   const int64_t item = a.itemsize();
   auto* data = const_cast<char*>(a.data<char>()) + offset;
-  encoder_.bind(idx, {.owner = a.data_shared_ptr(),
+  encoder_.bind(idx, {.copy = nullptr,
+                      .array = a.data_shared_ptr(),
                       .data = data,
                       .before = static_cast<size_t>(-first * item),
                       .bytes = static_cast<size_t>(end * item - offset),
@@ -53,22 +54,47 @@ void CommandEncoder::bind(const array& a, int idx, int64_t offset,
 
 void CommandEncoder::set_input_array(const array& a, int idx, int64_t offset) {
   bind(a, idx, offset, false);
+  hazards_.touch(a.data_shared_ptr());
 }
 
 void CommandEncoder::set_output_array(array& a, int idx, int64_t offset) {
   bind(a, idx, offset, true);
+  hazards_.touch(a.data_shared_ptr());
+  register_output_array(a);
 }
 
+void CommandEncoder::register_output_array(const array& a) {
+  hazards_.write(a.data_shared_ptr());
+}
+
+// MLX lets go of these in a task after those of the primitive.
 void CommandEncoder::add_temporary(array arr) {
-  cpu::get_command_encoder(stream_).dispatch([arr = std::move(arr)] {});
+  cpu::get_command_encoder(stream_).add_temporary(std::move(arr));
 }
 
 void CommandEncoder::add_temporaries(std::vector<array> arrays) {
-  cpu::get_command_encoder(stream_).dispatch([arrays = std::move(arrays)] {});
+  cpu::get_command_encoder(stream_).add_temporaries(std::move(arrays));
+}
+
+void CommandEncoder::maybeInsertBarrier() {
+  if (hazards_.launch()) {
+    barrier();
+  }
+}
+
+void CommandEncoder::barrier() {
+  ++epoch_;
+  simulator::count_barrier();
+}
+
+void CommandEncoder::end_encoding() {
+  ++epoch_;
+  hazards_.end_encoding();
 }
 
 void CommandEncoder::dispatch_threadgroups(MTL::Size grid_dims,
                                            MTL::Size group_dims) {
+  maybeInsertBarrier();
   enqueue(encoder_.dispatch_threadgroups(
       {grid_dims.width, grid_dims.height, grid_dims.depth},
       {group_dims.width, group_dims.height, group_dims.depth}));
@@ -76,33 +102,44 @@ void CommandEncoder::dispatch_threadgroups(MTL::Size grid_dims,
 
 void CommandEncoder::dispatch_threads(MTL::Size grid_dims,
                                       MTL::Size group_dims) {
+  maybeInsertBarrier();
   enqueue(encoder_.dispatch(
       {grid_dims.width, grid_dims.height, grid_dims.depth},
       {group_dims.width, group_dims.height, group_dims.depth}));
 }
 
 void CommandEncoder::enqueue(simulator::Launch launch) {
-  // MLX itself keeps alive what a primitive writes. Were it held here too, the
-  // next primitive could not take it over as its output, as on Metal it can.
-  for (auto& [written, output] : launch.bindings) {
-    if (output.writable) {
-      const auto data = std::move(output.owner);
-      for (auto& [index, binding] : launch.bindings) {
-        if (binding.owner == data) {
-          binding.owner.reset();
-        }
+  launch.epoch = {this, epoch_};
+  launch.barriers = simulator::barriers();
+  const auto batch = batch_ ? batch_ : std::make_shared<simulator::Batch>();
+  const size_t n = batch->add(std::move(launch));
+  try {
+    cpu::get_command_encoder(stream_).dispatch([batch, n] {
+      try {
+        batch->run(n);
+      } catch (const std::exception& error) {
+        simulator::keep_error(error.what());
+        throw;
       }
-    }
+    });
+  } catch (...) {
+    batch->remove_last();
+    throw;
   }
-  cpu::get_command_encoder(stream_).dispatch([launch = std::move(launch)] {
-    try {
-      launch.run();
-    } catch (const std::exception& error) {
-      simulator::keep_error(error.what());
-      throw;
-    }
-  });
+  if (!batch_) {
+    batch->close();
+  }
 }
+
+Evaluation::Evaluation(Stream stream) : encoder_(get_command_encoder(stream)) {
+  if (const auto encoding = simulator::encoding();
+      std::exchange(encoder_.encoding_, encoding) != encoding) {
+    encoder_.end_encoding();
+  }
+  encoder_.batch_ = std::make_shared<simulator::Batch>();
+}
+
+Evaluation::~Evaluation() { std::exchange(encoder_.batch_, nullptr)->close(); }
 
 MTL::Library* Device::get_library(
     const std::string& name, const CompileOptions&,

@@ -167,18 +167,11 @@ void Encoder::refuse(const std::string& why) const {
 
 void Encoder::set_kernel(const Kernel* kernel) {
   launch_ = Launch{};
-  owners_.clear();
   launch_.kernel = kernel;
   fresh_.clear();
 }
 
 void Encoder::bind(int index, Binding binding) {
-  const auto owner = std::exchange(binding.owner, nullptr);
-  place(index, std::move(binding));
-  owners_[index] = owner;
-}
-
-void Encoder::place(int index, Binding binding) {
   const std::string buffer = "buffer " + std::to_string(index);
   if (!launch_.kernel) {
     refuse(buffer + " is bound before set_compute_pipeline_state");
@@ -200,8 +193,7 @@ void Encoder::set_bytes(const void* data, size_t bytes, int index) {
   }
   std::shared_ptr<char[]> copy(new char[bytes]);
   std::memcpy(copy.get(), data, bytes);
-  place(index, {copy, copy.get(), 0, bytes, 0, false});
-  owners_.erase(index);
+  bind(index, {copy, std::nullopt, copy.get(), 0, bytes, 0, false});
 }
 
 void Encoder::set_threadgroup_memory(size_t bytes, int index) {
@@ -238,11 +230,7 @@ Launch Encoder::dispatch(Size threads, Size threads_per_group) {
   fresh_.clear();
   launch_.threads = threads;
   launch_.threads_per_group = threads_per_group;
-  Launch launch = launch_;
-  for (const auto& [index, owner] : owners_) {
-    launch.bindings.at(index).owner = owner.lock();
-  }
-  return launch;
+  return launch_;
 }
 
 Launch Encoder::dispatch_threadgroups(Size groups, Size threads_per_group) {

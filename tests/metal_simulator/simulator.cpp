@@ -19,6 +19,7 @@
 #include <deque>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -320,6 +321,8 @@ class Execution {
 
  private:
   void place_arrays();
+  void check_arrays() const;
+  void check_other_launches();
   void run_group(const Size& group);
   void resume(Fiber* fiber);
   void wait();
@@ -368,6 +371,34 @@ class Execution {
   std::string error_;
 };
 
+// Bytes of memory, as ranges of addresses that neither touch nor overlap.
+using Ranges = std::vector<std::pair<uintptr_t, uintptr_t>>;
+
+// The first address that is in both.
+std::optional<uintptr_t> common(const Ranges& a, const Ranges& b) {
+  for (auto i = a.begin(), j = b.begin(); i != a.end() && j != b.end();) {
+    const uintptr_t first = std::max(i->first, j->first);
+    if (first < std::min(i->second, j->second)) {
+      return first;
+    }
+    i->second < j->second ? ++i : ++j;
+  }
+  return std::nullopt;
+}
+
+// What a launch did to an array's memory.
+struct Traffic {
+  Memory memory;
+  std::string kernel;
+  uint64_t batch;
+  Ranges read;
+  Ranges written;
+};
+struct Epoch {
+  uint64_t number = 0;
+  std::vector<Traffic> traffic;
+};
+
 struct State {
   std::mutex mutex;  // of all that follows
   Arena arena;
@@ -377,6 +408,9 @@ struct State {
   std::vector<std::string> errors;
   uint64_t seed = 0;
   uint64_t launches = 0;
+  uint64_t orders = 0;
+  // What the launches of each encoder did since its last barrier.
+  std::map<const void*, Epoch> epochs;
 
   State() {
     if (const char* text = std::getenv("MLX_FUSED_SIMULATOR_SEED")) {
@@ -384,6 +418,10 @@ struct State {
     }
   }
 };
+// Not of State: they are read where a launch is encoded while another runs.
+std::atomic<uint64_t> barrier_count = 0;
+std::atomic<uint64_t> encoding_count = 0;
+
 State& state() {
   static State state;
   return state;
@@ -401,9 +439,92 @@ Execution* running = nullptr;
 Execution::Execution(const Launch& launch)
     : launch_(launch), arena_(state().arena) {
   record.kernel = launch.kernel->name;
+  record.barriers = launch.barriers;
   const uint64_t seed = launch.seed.value_or(state().seed);
   shuffled_ = seed != 0;
   random_.seed(seed + state().launches++);
+}
+
+void Execution::check_arrays() const {
+  for (const auto& [index, binding] : launch_.bindings) {
+    if (binding.array && binding.array->expired()) {
+      throw std::runtime_error(
+          "metal simulator: kernel " + launch_.kernel->name +
+          ": the array of buffer " + std::to_string(index) +
+          " is gone when the launch runs: MLX's command buffers keep no array "
+          "alive, add_temporary does");
+    }
+  }
+}
+
+// Launches with no barrier between may run at the same time. What an earlier
+// primitive has read is left out: it still holds that memory on a GPU, so that
+// MLX would not give it to a later one to be written.
+void Execution::check_other_launches() {
+  if (!launch_.epoch.first) {
+    return;  // one that has no encoder
+  }
+  Epoch& epoch = state().epochs[launch_.epoch.first];
+  if (epoch.number != launch_.epoch.second) {
+    epoch = {launch_.epoch.second, {}};
+  }
+  std::erase_if(epoch.traffic, [](const Traffic& traffic) {
+    return traffic.memory.expired();
+  });
+  const size_t others = epoch.traffic.size();
+  for (size_t number = 0; number < max_buffers; ++number) {
+    const Region& region = arena_.regions[number];
+    if (region.bytes == 0 || region.parts.empty()) {
+      continue;
+    }
+    const auto& part = region.parts[0];
+    const auto& array = launch_.bindings.at(part.index).array;
+    if (!array) {
+      continue;
+    }
+    const auto begin = reinterpret_cast<uintptr_t>(part.source) - part.begin;
+    const auto ranges = [&](uint32_t Cell::* stamp) {
+      Ranges result;
+      for (size_t at = 0; at < region.bytes; ++at) {
+        if (region.cells[at].*stamp == 0) {
+          continue;
+        }
+        if (result.empty() || result.back().second != begin + at) {
+          result.emplace_back(begin + at, begin + at);
+        }
+        result.back().second = begin + at + 1;
+      }
+      return result;
+    };
+    Traffic ours{*array, launch_.kernel->name, launch_.batch,
+                 ranges(&Cell::reader), ranges(&Cell::writer)};
+    for (size_t i = 0; i < others; ++i) {
+      const Traffic& theirs = epoch.traffic[i];
+      if (ours.memory.owner_before(theirs.memory) ||
+          theirs.memory.owner_before(ours.memory)) {
+        continue;
+      }
+      const auto refuse = [&](const char* we, const char* they, uintptr_t at) {
+        throw std::runtime_error(
+            "metal simulator: kernel " + launch_.kernel->name + ": " +
+            region.name() + " is " + we + " at byte " +
+            std::to_string(at - begin) + ", which a launch of " +
+            theirs.kernel + " has " + they +
+            ", with no barrier between the launches");
+      };
+      if (const auto at = common(ours.read, theirs.written)) {
+        refuse("read", "written", *at);
+      }
+      if (const auto at = common(ours.written, theirs.written)) {
+        refuse("written", "written", *at);
+      }
+      const auto at = common(ours.written, theirs.read);
+      if (at && launch_.batch == theirs.batch) {
+        refuse("written", "read", *at);
+      }
+    }
+    epoch.traffic.push_back(std::move(ours));
+  }
 }
 
 void Execution::place_arrays() {
@@ -460,6 +581,7 @@ void Execution::place_arrays() {
 }
 
 void Execution::run() {
+  check_arrays();
   place_arrays();
   const auto& size = launch_.threads_per_group;
   for (int d = 0; d < 3; ++d) {
@@ -477,6 +599,8 @@ void Execution::run() {
     run_group({n % groups_[0], n / groups_[0] % groups_[1],
                n / groups_[0] / groups_[1]});
   }
+  check_arrays();
+  check_other_launches();
   for (const auto& region : arena_.regions) {
     for (const auto& part : region.parts) {
       if (part.writable) {
@@ -965,12 +1089,27 @@ std::vector<std::string> take_errors() {
 void clear_records() {
   std::lock_guard lock(state().mutex);
   state().records.clear();
+  barrier_count = 0;
+  ++encoding_count;
 }
+
+uint64_t encoding() { return encoding_count; }
+uint64_t barriers() { return barrier_count; }
+void count_barrier() { ++barrier_count; }
 
 void set_seed(uint64_t seed) {
   std::lock_guard lock(state().mutex);
   state().seed = seed;
   state().launches = 0;
+  state().orders = 0;
+}
+
+std::optional<uint64_t> next_order() {
+  std::lock_guard lock(state().mutex);
+  if (state().seed == 0) {
+    return std::nullopt;
+  }
+  return state().seed + state().orders++;
 }
 
 bool is_unkind() { return unkind(); }

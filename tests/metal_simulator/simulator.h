@@ -15,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace simulator {
@@ -94,13 +95,17 @@ class Library {
   std::map<std::string, Kernel> kernels_;
 };
 
+// An array's memory. As MLX's command buffers, a launch does not keep it alive.
+using Memory = std::weak_ptr<const void>;
+
 // Memory bound to an index.
 struct Binding {
   char* begin() const { return data - before; }
   char* end() const { return data + bytes; }
 
-  std::shared_ptr<const void> owner;  // keeps `data` alive
-  char* data;                         // what the kernel is given
+  std::shared_ptr<const void> copy;  // by set_bytes: keeps `data` alive
+  std::optional<Memory> array;  // or what must be alive when the launch runs
+  char* data;                   // what the kernel is given
   size_t before;  // bytes of the array before data: a view may run backwards
   size_t bytes;   // and from data on
   size_t offset;  // of data in its buffer: what its alignment is judged by
@@ -115,6 +120,11 @@ struct Launch {
   Size threads{};            // of the whole grid
   Size threads_per_group{};  // groups at the upper edges may have fewer
   std::optional<uint64_t> seed;
+  // Launches of an encoder with no barrier between have the same epoch, those
+  // of one primitive the same batch.
+  std::pair<const void*, uint64_t> epoch{};
+  uint64_t batch = 0;
+  uint64_t barriers = 0;  // encoded before it since the last clear_records()
 
   void run() const;  // throws std::runtime_error; then nothing is written back
 };
@@ -134,11 +144,7 @@ class Encoder {
  private:
   [[noreturn]] void refuse(const std::string& why) const;
 
-  void place(int index, Binding binding);
-
-  Launch launch_;  // without the owners of arrays:
-  // bindings outlive a dispatch, but must not keep an array from being donated.
-  std::map<int, std::weak_ptr<const void>> owners_;
+  Launch launch_;
   std::map<int, bool> fresh_;  // bound since the last dispatch
 };
 
@@ -157,6 +163,7 @@ struct Record {
   uint64_t accesses = 0;         // all of the above and of threadgroup memory
   uint64_t line_bytes_read = 0;  // through `device` pointers
   uint64_t line_bytes_written = 0;
+  uint64_t barriers = 0;  // before it, as in Launch
 };
 std::vector<Record> records();
 
@@ -165,10 +172,19 @@ std::vector<Record> records();
 void keep_error(const std::string& message);
 std::vector<std::string> take_errors();
 
+// Also ends what encoders have under way, as each mx.eval does in MLX: what is
+// encoded next has no launch before it.
 void clear_records();
+uint64_t encoding();  // how often that was
+
+// Barriers that were encoded since clear_records().
+uint64_t barriers();
+void count_barrier();
 
 // The order of threads and threadgroups: 0 is the natural one.
 void set_seed(uint64_t seed);
+// A seed for the order of launches, another each time; nothing for the natural.
+std::optional<uint64_t> next_order();
 
 // Whether launches from now on do the arithmetic that a GPU may do: products
 // and sums contracted to fused multiply-adds, fast forms of functions off by
