@@ -1040,3 +1040,33 @@ def test_reset_ends_what_is_encoded(example: Any) -> None:
         mx.eval(example.program(y, "x>y", ""))
         assert simulator.barriers() == barriers
     assert simulator.take_errors() == []
+
+
+@pytest.mark.parametrize("limit", [256, 512, 896])
+def test_other_limits_of_threads_in_a_threadgroup(limit: int) -> None:
+    source = kernel(OUT, "y[i] *= 2;")
+    y = floats(1024)
+    with simulator.max_threads(limit):
+        simulator.run(source, "k", [Out(y)], grid=1024, group=limit)
+        message = f"{limit + 1} threads in a threadgroup; Metal allows {limit}"
+        with pytest.raises(MetalError, match=message):
+            simulator.run(source, "k", [Out(y)], grid=1024, group=limit + 1)
+    assert y.tolist() == (2 * floats(1024)).tolist()
+    simulator.run(source, "k", [Out(y)], grid=1024, group=1024)
+
+
+@pytest.mark.parametrize("limit", [0, 31, 1025])
+def test_limits_that_no_gpu_has_are_refused(limit: int) -> None:
+    with pytest.raises(MetalError, match=f"max_threads is {limit}"):
+        simulator.set_max_threads(limit)
+
+
+def test_host_code_is_told_the_limit(example: Any) -> None:
+    # A threadgroup of 64 threads is what the example takes where it may.
+    x = mx.zeros((128,))
+    mx.eval(x)
+    with simulator.max_threads(32):
+        assert example.shift(x, 1.0, 128).tolist() == [1] * 128
+    simulator.reset()
+    assert example.shift(x, 1.0, 128).tolist() == [1] * 128
+    assert simulator.take_errors() == []

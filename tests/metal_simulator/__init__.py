@@ -36,8 +36,10 @@ __all__ = [
     "library",
     "library_path",
     "macos_wheels",
+    "max_threads",
     "reset",
     "run",
+    "set_max_threads",
     "set_seed",
     "set_unkind",
     "take_errors",
@@ -101,6 +103,8 @@ def library() -> ctypes.CDLL:
         ("set_threadgroup_memory", ctypes.c_bool, [size, ctypes.c_int]),
         ("dispatch", ctypes.c_bool, [pointer, pointer, ctypes.c_uint64]),
         ("set_seed", None, [ctypes.c_uint64]),
+        ("max_threads", size, []),
+        ("set_max_threads", ctypes.c_bool, [size]),
         ("is_unkind", ctypes.c_bool, []),
         ("set_unkind", None, [ctypes.c_bool]),
         ("record", text, [size, pointer]),
@@ -249,3 +253,23 @@ def unkind() -> Iterator[None]:
         yield
     finally:
         set_unkind(before)
+
+
+def set_max_threads(threads: int) -> None:
+    """How many threads a threadgroup may have: 1,024 by default, at least 32.
+
+    A GPU allows fewer where a kernel needs many registers. It is what
+    ``maxTotalThreadsPerThreadgroup`` says to host code; more are refused.
+    """
+    _check(library().metal_simulator_set_max_threads(threads))
+
+
+@contextmanager
+def max_threads(threads: int) -> Iterator[None]:
+    """`set_max_threads` for a block."""
+    before = library().metal_simulator_max_threads()
+    set_max_threads(threads)
+    try:
+        yield
+    finally:
+        set_max_threads(before)

@@ -66,6 +66,12 @@ bool metal_simulator_dispatch(const uint64_t* grid, const uint64_t* group,
   });
 }
 
+size_t metal_simulator_max_threads() { return simulator::max_threads(); }
+
+bool metal_simulator_set_max_threads(size_t threads) {
+  return guarded([&] { simulator::set_max_threads(threads); });
+}
+
 bool metal_simulator_is_unkind() { return simulator::is_unkind(); }
 
 void metal_simulator_set_unkind(bool unkind) { simulator::set_unkind(unkind); }

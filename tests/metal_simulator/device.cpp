@@ -1,6 +1,7 @@
 #include "mlx/backend/metal/device.h"
 
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/scheduler.h"
 
 namespace MTL {
 
@@ -22,6 +23,10 @@ ComputePipelineState* Library::pipeline(const std::string& name) {
     pipeline = std::make_unique<ComputePipelineState>(this, name);
   }
   return pipeline.get();
+}
+
+NS::UInteger ComputePipelineState::maxTotalThreadsPerThreadgroup() const {
+  return simulator::max_threads();
 }
 
 const simulator::Kernel* ComputePipelineState::kernel() const {
@@ -132,6 +137,8 @@ void CommandEncoder::enqueue(simulator::Launch launch) {
 }
 
 Evaluation::Evaluation(Stream stream) : encoder_(get_command_encoder(stream)) {
+  // As MLX does where a primitive begins to encode.
+  scheduler::check_error(stream);
   if (const auto encoding = simulator::encoding();
       std::exchange(encoder_.encoding_, encoding) != encoding) {
     encoder_.end_encoding();

@@ -42,9 +42,9 @@ template <typename T>
 template [[host_name("shift_float")]] [[kernel]] decltype(shift<float>) shift<float>;
 )";
 
-// The threads of a threadgroup that the device allows, 32 at most.
+// 64 threads, if the device allows as many.
 int group_size(const MTL::ComputePipelineState* kernel) {
-  return std::min<int>(32, kernel->maxTotalThreadsPerThreadgroup());
+  return std::min<int>(64, kernel->maxTotalThreadsPerThreadgroup());
 }
 
 void launch_shift(mx::Stream stream, const mx::array& x, mx::array& y, float by,

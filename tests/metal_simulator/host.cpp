@@ -207,9 +207,10 @@ Launch Encoder::dispatch(Size threads, Size threads_per_group) {
   if (volume(threads) == 0 || volume(threads_per_group) == 0) {
     refuse("a grid or threadgroup of size zero");
   }
-  if (volume(threads_per_group) > max_threads_per_threadgroup) {
+  if (volume(threads_per_group) > max_threads()) {
     refuse(std::to_string(volume(threads_per_group)) +
-           " threads in a threadgroup; Metal allows 1024");
+           " threads in a threadgroup; Metal allows " +
+           std::to_string(max_threads()));
   }
   for (const auto& [index, space] : launch_.kernel->parameters) {
     const bool shared = space == Space::threadgroup;

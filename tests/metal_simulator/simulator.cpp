@@ -421,6 +421,7 @@ struct State {
 // Not of State: they are read where a launch is encoded while another runs.
 std::atomic<uint64_t> barrier_count = 0;
 std::atomic<uint64_t> encoding_count = 0;
+std::atomic<size_t> thread_limit = max_threads_per_threadgroup;
 
 State& state() {
   static State state;
@@ -1110,6 +1111,16 @@ std::optional<uint64_t> next_order() {
     return std::nullopt;
   }
   return state().seed + state().orders++;
+}
+
+size_t max_threads() { return thread_limit; }
+void set_max_threads(size_t threads) {
+  if (threads < simdgroup_size || threads > max_threads_per_threadgroup) {
+    throw std::invalid_argument(
+        "metal simulator: max_threads is " + std::to_string(threads) +
+        "; Metal has 32 to 1024 threads in a threadgroup");
+  }
+  thread_limit = threads;
 }
 
 bool is_unkind() { return unkind(); }

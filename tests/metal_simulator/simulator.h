@@ -186,6 +186,11 @@ void set_seed(uint64_t seed);
 // A seed for the order of launches, another each time; nothing for the natural.
 std::optional<uint64_t> next_order();
 
+// How many threads a threadgroup may have, at most 1,024: on a GPU fewer where
+// a kernel needs many registers.
+size_t max_threads();
+void set_max_threads(size_t threads);  // throws std::invalid_argument
+
 // Whether launches from now on do the arithmetic that a GPU may do: products
 // and sums contracted to fused multiply-adds, fast forms of functions off by
 // 2^-22, subnormal numbers flushed to zero. Otherwise it is that of the CPU.

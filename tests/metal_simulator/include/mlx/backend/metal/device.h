@@ -53,9 +53,7 @@ class ComputePipelineState {
  public:
   ComputePipelineState(Library* library, std::string name)
       : library_(library), name_(std::move(name)) {}
-  NS::UInteger maxTotalThreadsPerThreadgroup() const {
-    return simulator::max_threads_per_threadgroup;
-  }
+  NS::UInteger maxTotalThreadsPerThreadgroup() const;
   NS::UInteger threadExecutionWidth() const {
     return simulator::simdgroup_size;
   }
