@@ -398,6 +398,57 @@ def test_compiler_refuses_with_its_message(body: str, message: str) -> None:
         simulator.compile_kernels(kernel(OUT, body), "name")
 
 
+# Constructs that MSL before 4.0 has not, and how one says that in C++14.
+NEWER: dict[str, tuple[str, str, str]] = {
+    "structured binding": (
+        "struct P { float a, b; }; P p = {1, 2}; auto [a, b] = p; y[i] = a + b;",
+        "struct P { float a, b; }; P p = {1, 2}; y[i] = p.a + p.b;",
+        "structured binding declarations are incompatible",
+    ),
+    "initialization in if": (
+        "if (float v = y[i]; v > 1) y[i] = v - 1;",
+        "float v = y[i]; if (v > 1) y[i] = v - 1;",
+        "if initialization statements are incompatible",
+    ),
+    "designated initializer": (
+        "struct P { float a, b; }; P p = {.a = 1, .b = 2}; y[i] = p.a + p.b;",
+        "struct P { float a, b; }; P p = {1, 2}; y[i] = p.a + p.b;",
+        "designated initializers are a C[+][+]20 extension",
+    ),
+    "constexpr if": ("", "if constexpr (sizeof(float) == 4) y[i] = 1;", ""),
+    "static_assert without message": ("", "static_assert(true); y[i] = 1;", ""),
+}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_what_is_newer_than_cpp14_is_refused(name: str) -> None:
+    newer, older, message = NEWER[name]
+    simulator.compile_kernels(kernel(OUT, older), "name")
+    if newer:
+        message = rf"name\.metal:4:\d+: error: {message}.*; MSL before 4.0 is C\+\+14"
+        with pytest.raises(CompileError, match=message):
+            simulator.compile_kernels(kernel(OUT, newer), "name")
+
+
+@pytest.mark.parametrize(
+    ("newer", "older"),
+    [
+        ("inline constant float k1 = 1;", "constant float k1 = 1;"),
+        ("namespace a::b { struct C; }", "namespace a { namespace b { struct C; } }"),
+        ("template <auto n> struct D;", "template <int n> struct D;"),
+        (
+            "template <typename... T> float sum(T... t) { return (t + ...); }",
+            "template <typename A, typename B> float sum(A a, B b) { return a + b; }",
+        ),
+    ],
+    ids=["inline variable", "nested namespace", "template <auto>", "fold expression"],
+)
+def test_declarations_newer_than_cpp14_are_refused(newer: str, older: str) -> None:
+    simulator.compile_kernels(f"{older}\n{kernel(OUT, 'y[i] = 1;')}", "name")
+    with pytest.raises(CompileError, match=r"name\.metal:1:\d+: error: .*C\+\+14"):
+        simulator.compile_kernels(f"{newer}\n{kernel(OUT, 'y[i] = 1;')}", "name")
+
+
 @pytest.mark.parametrize("parameter", ["float* p", "float& p"])
 def test_pointer_without_address_space_is_a_threads(parameter: str) -> None:
     source = (

@@ -39,12 +39,15 @@ from pathlib import Path
 
 SHIM = Path(__file__).resolve().parent / "msl"
 
-FLAGS = [
+LANGUAGE = [
     *("-x", "clcpp", "-cl-std=CLC++2021", "-cl-no-stdinc"),
     # No `double`, as in MSL; and literals without a suffix are float, also in
     # templates, where the first option alone would leave them double.
     *("-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64", "-Xclang", "-mdouble=32"),
     "-w",  # the Mac's compiler is the judge of style
+]
+FLAGS = [
+    *LANGUAGE,
     # The same arithmetic as the C++ of the CPU.
     *("-ffp-contract=off", "-fno-math-errno", "-cl-fp32-correctly-rounded-divide-sqrt"),
     *("-Xclang", "-ffloat16-excess-precision=none"),
@@ -61,6 +64,16 @@ FLAGS = [
     # Not AddressSanitizer's own names: it may watch over the simulator.
     *("-mllvm", "-asan-memory-access-callback-prefix=simulator_"),
 ]
+
+# MSL before 4.0 is C++14, which clang cannot read together with the address spaces
+# of C++ for OpenCL. It can warn of what is newer.
+NEWER_THAN_CPP14 = [
+    *("-Wno-everything", "-Wpre-c++17-compat", "-fno-caret-diagnostics"),
+    *("-Wc++20-extensions", "-Wc++20-designator"),
+    *("-Wc++23-extensions", "-Wc++26-extensions"),
+]
+# Of that, what kernels that MLX ships use, and so Apple's compiler takes.
+PRECEDENTED = ("constexpr if ", "'static_assert' with no message ")
 
 # What a GPU may do instead. The standard library's part is in msl/metal_stdlib,
 # and flushing subnormal numbers is the launch's.
@@ -113,29 +126,42 @@ def compile_kernels(
     With `unkind` they do the arithmetic that a GPU may do, not that of the CPU.
     """
     arithmetic = [*FLAGS, *(UNKIND_FLAGS if unkind else [])]
-    flags = [*arithmetic, f"-I{SHIM}", *(f"-I{directory}" for directory in include)]
-    text = _zig(
-        ["clang", *flags, "-E", "-include", str(SHIM / "language"), "-"],
-        f'#line 1 "{name}.metal"\n{source}\n'
-        "#include <metal_stdlib>\n#include <launch>\n",
-    )
+    flags = [*arithmetic, *include_flags(include)]
+    text = preprocess(source, name, flags)
     version = importlib.metadata.version("ziglang")
     recipe = "\0".join([text, *arithmetic, version, Path(__file__).read_text()])
     library = cache_folder() / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.so"
     if not library.exists():
         unit = rewrite(text, unkind)
+        warning = [flag for flag in flags if flag != "-w"]
         syntax = ["-fsyntax-only", "-Xclang", "-ast-dump", "-"]
-        check_address_spaces(_zig(["clang", *flags, *syntax], unit))
+        tree, warnings = zig_with_warnings(
+            ["clang", *warning, *NEWER_THAN_CPP14, *syntax], unit
+        )
+        check_language(warnings)
+        check_address_spaces(tree)
         plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes"]
-        llvm = check_copies(_zig(["clang", *flags, *plain, "-o", "-", "-"], unit))
+        llvm = check_copies(zig(["clang", *flags, *plain, "-o", "-", "-"], unit))
         # Made under another name: two processes may do this at once.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             code, machine = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            _zig(["clang", *flags, "-x", "ir", "-c", "-o", str(code), "-"], llvm)
+            zig(["clang", *flags, "-x", "ir", "-c", "-o", str(code), "-"], llvm)
             link = ["ld.lld", "-shared", "--eh-frame-hdr"]
-            _zig([*link, "-o", str(machine), str(code)])
+            zig([*link, "-o", str(machine), str(code)])
             os.replace(machine, library)
     return library
+
+
+def include_flags(include: tuple[str, ...]) -> list[str]:
+    return [f"-I{SHIM}", *(f"-I{directory}" for directory in include)]
+
+
+def preprocess(source: str, name: str, flags: list[str]) -> str:
+    return zig(
+        ["clang", *flags, "-E", "-include", str(SHIM / "language"), "-"],
+        f'#line 1 "{name}.metal"\n{source}\n'
+        "#include <metal_stdlib>\n#include <launch>\n",
+    )
 
 
 def cache_folder() -> Path:
@@ -147,6 +173,16 @@ def cache_folder() -> Path:
 
 def rewrite(text: str, unkind: bool = False) -> str:
     """Preprocessed MSL -> C++ for OpenCL, with an entry for each kernel."""
+    # A pragma that allows contraction must not bring it back in the kind mode.
+    text, kernels = without_metal(text, "off|on|fast" if unkind else "off")
+    return text + _entries(kernels, unkind)
+
+
+def without_metal(text: str, contraction: str) -> tuple[str, list[Kernel]]:
+    """Preprocessed MSL -> C++ for OpenCL, and its kernels.
+
+    `contraction` is the modes of the pragma that are passed on, as in ``off|fast``.
+    """
     declared: dict[str, list[str]] = {}
     for match in re.finditer(rf"{KERNEL}\s+void\s+(\w+)\s*\(", text):
         between, _ = _bracketed(text, match.end() - 1)
@@ -181,11 +217,20 @@ def rewrite(text: str, unkind: bool = False) -> str:
         ),
         text,
     )
-    # A pragma that allows contraction must not bring it back in the kind mode.
-    modes = "off|on|fast" if unkind else "off"
-    pragma = rf"(?m)^(\s*#\s*pragma )METAL( fp contract\s*\((?:{modes})\))"
-    text = re.sub(pragma, r"\1clang\2", text)
-    return text + _entries(kernels, unkind)
+    pragma = rf"(?m)^(\s*#\s*pragma )METAL( fp contract\s*\((?:{contraction})\))"
+    return re.sub(pragma, r"\1clang\2", text), kernels
+
+
+def check_language(warnings: str) -> None:
+    """Refuses what C++14 has not, going by clang's warnings of it."""
+    for line in warnings.splitlines():
+        found = re.match(r"(.*?:\d+:\d+): warning: (.*) \[-W", line)
+        if found is None or "/mlx/backend/metal/kernels/" in found[1]:
+            continue
+        if not found[2].startswith(PRECEDENTED):
+            raise CompileError(
+                f"{found[1]}: error: {found[2]}; MSL before 4.0 is C++14"
+            )
 
 
 def check_address_spaces(tree: str) -> None:
@@ -248,37 +293,43 @@ def _entries(kernels: list[Kernel], unkind: bool) -> str:
     lines.append(f"extern constant int simulator_unkind = {int(unkind)};")
     unchecked = '__attribute__((no_sanitize("kernel-address", "alignment", "bounds")))'
     for number, kernel in enumerate(kernels):
-        traits = f"simulator::Kernel<decltype({kernel.function})>"
-        arguments, table, index = [], [], {"buffer": 0, "threadgroup": 0}
-        for n, parameter in enumerate(kernel.parameters):
-            attribute = re.search(
-                r"\[\[\s*(\w+)\s*(?:\(\s*(\w+)\s*\))?\s*\]\]", parameter
-            )
-            if attribute and attribute[1] in ATTRIBUTES:
-                which = ATTRIBUTES.index(attribute[1])
-                arguments.append(f"{traits}::attribute<{n}>(a->attributes[{which}])")
-                continue
-            kind = attribute[1] if attribute else "buffer"
-            if kind == "__local":  # what the macro `threadgroup` made of it
-                kind = "threadgroup"
-            if kind not in index:
-                raise CompileError(f"{kernel.name}: [[{kind}]] is not simulated")
-            if attribute:
-                index[kind] = int(attribute[2], 0)
-            table.append(f"{index[kind]}, {traits}::space<{n}>()")
-            address = f"a->{kind}s[{index[kind]}]"
-            arguments.append(f"{traits}::buffer<{n}>::from({address})")
-            index[kind] += 1
-        table.append("-1")
+        call, table = call_of(kernel, "a->attributes")
         signature = f"simulator_entry_{number}(const simulator::Arguments* a)"
         lines += [
             f"extern constant int simulator_parameters_{number}[] = {{",
-            f"  {', '.join(table)}}};",
+            f"  {', '.join([*table, '-1'])}}};",
             f"{unchecked} void {signature} {{",
-            f"  {kernel.function}({', '.join(arguments)});",
+            f"  {call};",
             "}",
         ]
     return "\n".join([*lines, "}", ""])
+
+
+def call_of(kernel: Kernel, attributes: str) -> tuple[str, list[str]]:
+    """The call of a kernel with simulator::Arguments `a`, and its buffers.
+
+    `attributes` is where the thread's attributes stand.
+    """
+    traits = f"simulator::Kernel<decltype({kernel.function})>"
+    arguments, table, index = [], [], {"buffer": 0, "threadgroup": 0}
+    for n, parameter in enumerate(kernel.parameters):
+        attribute = re.search(r"\[\[\s*(\w+)\s*(?:\(\s*(\w+)\s*\))?\s*\]\]", parameter)
+        if attribute and attribute[1] in ATTRIBUTES:
+            which = ATTRIBUTES.index(attribute[1])
+            arguments.append(f"{traits}::attribute<{n}>({attributes}[{which}])")
+            continue
+        kind = attribute[1] if attribute else "buffer"
+        if kind == "__local":  # what the macro `threadgroup` made of it
+            kind = "threadgroup"
+        if kind not in index:
+            raise CompileError(f"{kernel.name}: [[{kind}]] is not simulated")
+        if attribute:
+            index[kind] = int(attribute[2], 0)
+        table.append(f"{index[kind]}, {traits}::space<{n}>()")
+        address = f"a->{kind}s[{index[kind]}]"
+        arguments.append(f"{traits}::buffer<{n}>::from({address})")
+        index[kind] += 1
+    return f"{kernel.function}({', '.join(arguments)})", table
 
 
 def _declared_function(declaration: str) -> str:
@@ -321,7 +372,11 @@ def _split(parameters: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _zig(arguments: list[str], text: str = "") -> str:
+def zig(arguments: list[str], text: str = "") -> str:
+    return zig_with_warnings(arguments, text)[0]
+
+
+def zig_with_warnings(arguments: list[str], text: str) -> tuple[str, str]:
     package = importlib.util.find_spec("ziglang")
     if package is None or package.origin is None:
         raise CompileError("the simulator needs clang: pip install ziglang")
@@ -331,7 +386,7 @@ def _zig(arguments: list[str], text: str = "") -> str:
     )
     if done.returncode:
         raise CompileError(done.stderr.strip())
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def main() -> int:
