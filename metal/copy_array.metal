@@ -1,6 +1,9 @@
 // An array of any strides into a row-contiguous one: for a parameter or state
 // that something else still holds, and so cannot be updated in place.
 
+// a * b + c in two roundings, as on the CPU; memory is what a step waits for.
+#pragma METAL fp contract(off)
+
 #include <metal_stdlib>
 
 using namespace metal;

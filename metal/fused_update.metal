@@ -7,6 +7,9 @@
 // (parameter) and one to write (new_parameter): the same memory, unless work
 // under way still holds the old one.
 
+// a * b + c in two roundings, as on the CPU; memory is what a step waits for.
+#pragma METAL fp contract(off)
+
 #include <metal_stdlib>
 
 using namespace metal;

@@ -7,6 +7,9 @@
 // partial sums, always in the same order. There are no atomics, so the same
 // arrays give the same bits on every run.
 
+// a * b + c in two roundings, as on the CPU; memory is what a step waits for.
+#pragma METAL fp contract(off)
+
 #include <metal_stdlib>
 
 using namespace metal;

@@ -350,16 +350,23 @@ void SumsOfSquares::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   encoder.add_temporary(partials);
   encoder.add_temporary(firsts);
 
+  // The launches of the first stage write to different places: no barrier
+  // between them. Copies come before all of them.
+  struct FirstStage {
+    Pipeline kernel;
+    Launch launch;
+    Arrays group;
+  };
+  std::vector<FirstStage> stage;
   for (const auto& [val, indices] : by_dtype) {
     const auto dtype = inputs[indices[0]].dtype();
     auto* kernel = build(s, sums_kernel_name(dtype),
                          [&] { return sums_kernel_source(dtype); });
     for (size_t start = 0; start < indices.size(); start += max_sums_group) {
-      const size_t tensors =
-          std::min<size_t>(max_sums_group, indices.size() - start);
-      Launch launch;
-      Arrays group;
-      for (size_t i = start; i < start + tensors; ++i) {
+      auto& [_, launch, group] = stage.emplace_back();
+      stage.back().kernel = kernel;
+      const size_t end = std::min(indices.size(), start + max_sums_group);
+      for (size_t i = start; i < end; ++i) {
         const auto& in = inputs[indices[i]];
         LaunchTensor description{};
         description.vectorized = is_vectorizable(in);
@@ -367,9 +374,14 @@ void SumsOfSquares::eval_gpu(const Arrays& inputs, Arrays& outputs) {
         group.push_back(
             add_gradient(launch, in, description, Reading::any_order, s));
       }
+    }
+  }
+  {
+    const auto concurrent = encoder.start_concurrent();
+    for (auto& [kernel, launch, group] : stage) {
       encoder.set_compute_pipeline_state(kernel);
       for (size_t place = 0; place < max_sums_group; ++place) {
-        encoder.set_input_array(group[place < tensors ? place : 0], place);
+        encoder.set_input_array(group[place < group.size() ? place : 0], place);
       }
       encoder.set_output_array(partials, partials_buffer);
       launch.dispatch(encoder, sums_tensors, sums_walks);
