@@ -24,12 +24,8 @@ simulated = pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 
 
 def launch_header() -> str:
-    return (
-        "#include <metal_stdlib>\nusing namespace metal;\n"
-        + "".join(
-            (METAL / name).read_text()
-            for name in ("launch.h", "storage.h", "gradients.h")
-        )
+    return "#include <metal_stdlib>\nusing namespace metal;\n" + "".join(
+        (METAL / name).read_text() for name in ("launch.h", "storage.h", "gradients.h")
     )
 
 
