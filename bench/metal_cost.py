@@ -61,6 +61,7 @@ CASES = [
     Case("Adagrad", "Adagrad", {}),
     Case("AdaDelta", "AdaDelta", {}),
     Case("Adamax", "Adamax", {}),
+    Case("AdEMAMix", "AdEMAMix", {}),
     Case("Adafactor", "Adafactor", {"beta_1": 0.9, "weight_decay": 0.1}),
     Case("Muon", "Muon", {}),
     Case("AdamW clipped", "AdamW", {"bias_correction": True}, clipped=True),

@@ -1,9 +1,11 @@
 """What several test files use: random trees, layouts, comparisons."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as stock
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -29,6 +31,8 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("Adagrad", {}),
     ("AdaDelta", {"rho": 0.8}),
     ("Adamax", {}),
+    ("AdEMAMix", {}),
+    ("AdEMAMix", {"weight_decay": 0.1, "warmup": 20, "alpha": 3.0}),
 ]
 # Those of which parts are MLX's own operations.
 PARTLY_FUSED: list[tuple[str, dict[str, Any]]] = [
@@ -48,6 +52,64 @@ DECAYING_OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("Adafactor", {"beta_1": 0.9}),
     ("Muon", {}),
 ]
+
+
+class PlainAdEMAMix(stock.Optimizer):
+    """AdEMAMix from MLX's operations."""
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        warmup: int = 0,
+    ) -> None:
+        super().__init__()
+        self._maybe_schedule("learning_rate", learning_rate)
+        self.betas, self.alpha, self.eps = betas, alpha, eps
+        self.weight_decay, self.warmup = weight_decay, warmup
+
+    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
+        for key in ("m1", "m2", "v"):
+            state[key] = mx.zeros_like(parameter)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
+    ) -> mx.array:
+        rate = self.learning_rate.astype(gradient.dtype)
+        logs = [math.log(beta) for beta in self.betas]
+        correction1, correction2 = (-mx.expm1(self.step * x) for x in logs[:2])
+        slow, alpha = mx.array(1 - self.betas[2]), mx.array(self.alpha)
+        if self.warmup:
+            done = mx.minimum(self.step / self.warmup, 1)
+            log = logs[0] * logs[2] / ((1 - done) * logs[2] + done * logs[0])
+            slow, alpha = -mx.expm1(log), self.alpha * done
+        slow = slow.astype(gradient.dtype)
+        beta1, beta2, _ = self.betas
+        state["m1"] = beta1 * state["m1"] + (1 - beta1) * gradient
+        state["m2"] = (1 - slow) * state["m2"] + slow * gradient
+        state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(gradient)
+        fast = state["m1"] / correction1.astype(gradient.dtype)
+        inverse = mx.rsqrt(correction2).astype(gradient.dtype)
+        step = (fast + alpha.astype(gradient.dtype) * state["m2"]) / (
+            mx.sqrt(state["v"]) * inverse + self.eps
+        )
+        updated: mx.array = parameter * (1 - rate * self.weight_decay) - rate * step
+        return updated
+
+
+class _Oracle:
+    """mlx.optimizers, and plain classes for what it does not have."""
+
+    AdEMAMix = PlainAdEMAMix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(stock, name)
+
+
+oracle: Any = _Oracle()
 
 
 def for_each(optimizers: list[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:

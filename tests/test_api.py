@@ -16,6 +16,7 @@ from support import (
     every_fused_optimizer,
     fill,
     leaves_of,
+    oracle,
     random_array,
     snapshot,
     to_numpy,
@@ -37,13 +38,14 @@ def test_state_has_stock_keys_before_and_after_init(
 ) -> None:
     parameters, _ = parameters_and_gradients()
     ours = getattr(optim, name)(1e-2, **options)
-    theirs = getattr(stock, name)(1e-2, **options)
+    theirs = getattr(oracle, name)(1e-2, **options)
     assert snapshot(ours.state) == snapshot(theirs.state)
     ours.init(parameters)
     theirs.init(parameters)
     assert snapshot(ours.state) == snapshot(theirs.state)
     assert isinstance(ours, stock.Optimizer)
-    assert isinstance(ours, getattr(stock, name))
+    if hasattr(stock, name):
+        assert isinstance(ours, getattr(stock, name))
 
 
 def test_learning_rate_can_be_set_between_compiled_steps(backend: str) -> None:
@@ -72,7 +74,7 @@ def test_learning_rate_can_be_set_between_compiled_steps(backend: str) -> None:
 
 def test_update_of_a_model_with_frozen_layers(backend: str) -> None:
     models = []
-    for module in (optim, stock):
+    for module in (optim, oracle):
         mx.random.seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         model.layers[0].freeze()
@@ -242,7 +244,7 @@ def test_hyperparameters_are_checked_as_in_stock() -> None:
     ]
     for name, options in cases:
         with pytest.raises(ValueError) as expected:
-            getattr(stock, name)(0.1, **options)
+            getattr(oracle, name)(0.1, **options)
         with pytest.raises(ValueError) as given:
             getattr(optim, name)(0.1, **options)
         assert str(given.value) == str(expected.value)
@@ -271,7 +273,7 @@ def test_accumulated_and_averaged_gradients(backend: str) -> None:
     parameters, first = parameters_and_gradients(1)
     _, second = parameters_and_gradients(2)
     results = []
-    for module in (optim, stock):
+    for module in (optim, oracle):
         optimizer = module.AdamW(1e-2)
         total = tree_map(lambda a, b: (a + b) / 2, first, second)
         averaged = nn.average_gradients(total)
@@ -284,7 +286,7 @@ def test_parameters_added_later_need_a_new_init(backend: str) -> None:
     parameters, gradients = parameters_and_gradients()
     more = {**parameters, "added": mx.ones((2, 2))}
     results = []
-    for module in (optim, stock):
+    for module in (optim, oracle):
         optimizer = module.Adam(1e-2)
         updated = optimizer.apply_gradients(gradients, copy_tree(parameters))
         optimizer.init(more)

@@ -73,11 +73,14 @@ def test_the_page_is_all_that_it_takes(tmp_path: Path) -> None:
             ),
         }
         for command in (
-            ["cmake", "-S", tmp_path, "-B", folder, "-G", "Ninja", python, *options],
+            ["cmake", "-S", tmp_path, "-B", folder, "-GNinja", python, *options],
             ["cmake", "--build", folder, "--target", target],
         ):
             subprocess.run(
-                command, check=True, env=environment, stdout=subprocess.DEVNULL
+                [str(part) for part in command],
+                check=True,
+                env=environment,
+                stdout=subprocess.DEVNULL,
             )
     for library in (tmp_path / "build" / "cpu").glob("_ext*.so"):
         shutil.copy(library, package)

@@ -20,6 +20,7 @@ from support import (
     fill,
     for_each,
     leaves_of,
+    oracle,
     random_array,
     snapshot,
     to_numpy,
@@ -52,7 +53,7 @@ def test_max_grad_norm_is_clip_grad_norm_and_a_step(
     mine = model(rng)
     reference = copy_tree(mine)
     ours = getattr(optim, name)(learning_rate=1e-2, max_grad_norm=max_norm, **options)
-    theirs = getattr(stock, name)(learning_rate=1e-2, **options)
+    theirs = getattr(oracle, name)(learning_rate=1e-2, **options)
     ours.init(mine)
 
     def step(parameters: Any, gradients: Any) -> Any:
@@ -149,10 +150,10 @@ def test_state_dtype(
         learning_rate=1e-2, state_dtype=mx.float32, **options
     )
     # A checkpoint of stock has moments in half precision: they are widened.
-    half = getattr(stock, name)(learning_rate=1e-2, **options)
+    half = getattr(oracle, name)(learning_rate=1e-2, **options)
     half.init(parameters)
     optimizer.state = copy_tree(half.state)
-    exact = getattr(stock, name)(learning_rate=1e-2, **options)
+    exact = getattr(oracle, name)(learning_rate=1e-2, **options)
     wide = tree_map(lambda x: x.astype(mx.float32), parameters)
     for step in range(3):
         gradients = fill(parameters, rng, dtype)
@@ -351,11 +352,11 @@ def test_any_combination_of_options(
     reference = widen(gradients)
     if max_norm is not None:
         reference, _ = stock.clip_grad_norm(reference, max_norm)
-    theirs = getattr(stock, name)(learning_rate=1e-2, **options)
+    theirs = getattr(oracle, name)(learning_rate=1e-2, **options)
     expected = theirs.apply_gradients(reference, widen(mine))
     if filtered:
         options = {**options, "weight_decay": 0.0}
-        theirs = getattr(stock, name)(learning_rate=1e-2, **options)
+        theirs = getattr(oracle, name)(learning_rate=1e-2, **options)
         undecayed = theirs.apply_gradients(reference, widen(mine))
         expected = tree_map(
             lambda a, b: a if is_matrix("", a) else b, expected, undecayed

@@ -42,7 +42,7 @@ def test_scalars_and_hyperparameters_per_tensor(
         {key: mx.abs(random_array(rng, shape, mx.float32)) for key in names}
         for shape, names in zip(SHAPES, [kernels.states(rule)] * 4, strict=True)
     ]
-    trees = [arrays(rng), arrays(rng), states]
+    trees: list[Any] = [arrays(rng), arrays(rng), states]
     sets = [{**RULES[rule], "weight_decay": decay} for decay in (0.0, 0.1)]
     set_of = [0, 1, 1, 0]
     rates, scales = [0.1, 0.2, 0.3, 0.4], [1.0, 0.5, 2.0, 1.5]
@@ -60,9 +60,8 @@ def test_scalars_and_hyperparameters_per_tensor(
             per_tensor=True,
         )
 
-    if compiled:
-        together = mx.compile(together)
-    results = together(mx.array(rates), mx.array(scales), mx.array(skips))
+    step: Any = mx.compile(together) if compiled else together
+    results = step(mx.array(rates), mx.array(scales), mx.array(skips))
     for i in range(len(SHAPES)):
         alone = update(
             rule,

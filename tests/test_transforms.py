@@ -5,11 +5,10 @@ from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
-from support import every_fused_optimizer, leaves_of, random_array, to_numpy
+from support import every_fused_optimizer, leaves_of, oracle, random_array, to_numpy
 
 X = random_array(np.random.default_rng(0), (4, 3), mx.float32)
 START = random_array(np.random.default_rng(1), (3,), mx.float32)
@@ -35,7 +34,7 @@ def after_two_steps(
 
 
 def both(name: str, options: dict[str, Any]) -> Any:
-    return (after_two_steps(module, name, options) for module in (optim, stock))
+    return (after_two_steps(module, name, options) for module in (optim, oracle))
 
 
 def assert_close(mine: mx.array, theirs: mx.array) -> None:
@@ -77,7 +76,7 @@ def test_vmap_over_parameters_and_gradients(
     shapes = {0: (5, 3), 1: (3, 5), None: (3,)}
     arguments = [random_array(rng, shapes[axis], mx.float32) for axis in axes]
     results = []
-    for module in (optim, stock):
+    for module in (optim, oracle):
 
         def step(parameter: mx.array, gradient: mx.array, m: Any = module) -> Any:
             optimizer = getattr(m, name)(1e-2, **options)
@@ -115,7 +114,7 @@ def test_an_update_that_a_function_captures(
 ) -> None:
     """mx.compile evaluates the captured graph each time, for arrays of its own."""
     held = []
-    for module in (optim, stock):
+    for module in (optim, oracle):
         optimizer = module.AdamW(1e-2)
         gradients = {"w": START * 0.5, "b": START - 1}
         parameters = {"w": START * 2, "b": START * 3}
@@ -147,7 +146,7 @@ def test_an_update_that_a_function_captures(
 def test_an_update_evaluated_inside_of_a_transformation(backend: str) -> None:
     """There MLX keeps graphs, and arrays may be evaluated more than once."""
     results = []
-    for module in (optim, stock):
+    for module in (optim, oracle):
         optimizer = module.Adam(1e-2)
         parameters = {"w": START * 2}
         optimizer.init(parameters)
