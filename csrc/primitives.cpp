@@ -14,6 +14,7 @@
 #include "mlx/allocator.h"
 #include "mlx/transforms.h"
 #include "mlx/utils.h"
+#include "mlx_compat.h"
 
 namespace mlx_fused {
 
@@ -170,8 +171,9 @@ void Placement::commit() {
 
 void allocate(mx::array& a) {
   auto data = mx::allocator::malloc(a.nbytes());
+  auto buffer = buffer_of(data);
   // On the CPU MLX returns no memory rather than to throw.
-  if (a.nbytes() > 0 && data.buffer().ptr() == nullptr) {
+  if (a.nbytes() > 0 && buffer.ptr() == nullptr) {
     std::ostringstream message;
     message << "[mlx_fused_optimizers] no memory for an array of shape "
             << a.shape() << ".";
@@ -180,7 +182,7 @@ void allocate(mx::array& a) {
 #if defined(__linux__)
   // Memory that comes in large pages is ready in a fraction of the time.
   constexpr uintptr_t page = 1 << 21;
-  const auto start = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
+  const auto start = reinterpret_cast<uintptr_t>(buffer.raw_ptr());
   const auto first = (start + page - 1) / page * page;
   const auto last = (start + a.nbytes()) / page * page;
   if (first < last) {

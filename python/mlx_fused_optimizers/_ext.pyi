@@ -3,6 +3,7 @@ from typing import Any
 
 import mlx.core as mx
 
+def is_array_type(type: type) -> bool: ...
 def fused_update(
     rule: str,
     hyperparameters: Sequence[float],
