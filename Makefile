@@ -39,7 +39,7 @@ metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost
 
 wheel: $(STAMPS)/build $(STAMPS)/test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
+	$(BIN)/python cmake/build_wheels.py --output dist
 
 wheel-macos: $(STAMPS)/build $(STAMPS)/test
 	$(BIN)/python tests/cross_compile/cross_compile.py --wheels dist
