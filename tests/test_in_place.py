@@ -13,6 +13,7 @@ import pytest
 from mlx_fused_optimizers import _ext
 from support import (
     FLOATS,
+    MLX_VERSION,
     PARTLY_FUSED,
     copy_tree,
     every_fused_optimizer,
@@ -360,7 +361,12 @@ print({round(float(x[5]), 4) for x in updated.values()})
 
 @pytest.mark.parametrize(("count", "size"), [("600", "4096"), ("100", "262144")])
 def test_evaluation_again_after_an_error(count: str, size: str) -> None:
-    """It neither crashes nor applies an update twice."""
+    """It neither crashes nor applies an update twice.
+
+    Up to MLX 0.32.0 there is no error to see: what fails on a stream of the CPU is lost
+    there (0.32.1 has "Propagate CPU errors to events"), and the update goes on.
+    """
+    error = "" if MLX_VERSION >= (0, 32, 1) else "no error\n"
     for _ in range(3):
         result = subprocess.run(
             [sys.executable, "-c", FAILING_EVALUATION, count, size],
@@ -369,7 +375,7 @@ def test_evaluation_again_after_an_error(count: str, size: str) -> None:
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        assert result.stdout == "{0.9}\n"
+        assert result.stdout == error + "{0.9}\n"
 
 
 def test_an_array_without_memory_is_refused() -> None:

@@ -79,8 +79,8 @@ def _find(version: str) -> tuple[ModuleType | None, str | None]:
         extension = import_module(module)
     except ImportError as failure:
         found = _requirements.describe(module, failure)
-        if found.startswith("a libmlx"):  # of the same version, but built otherwise
-            return None, f"MLX {version} is not the one it was built for"
+        if "libmlx" in found:  # MLX itself was loaded: it is built or placed otherwise
+            return None, f"its extension for MLX {version} found {found}"
         raise _requirements.error(needed, found, reinstall) from None
 
     import mlx.core as mx
