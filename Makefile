@@ -6,13 +6,18 @@
 # make sanitize     run the tests under the address, undefined and thread sanitizers
 # make soak    100,000 steps beside mlx.optimizers; SOAK="--steps 1000 --seed 7"
 # make wheel   build the source distribution, and from it the wheel for this machine
+# make wheel-check  check that wheel with each MLX; WHEEL_CHECK="--mlx 0.31.2"
 # make wheel-macos  cross-build the wheel for arm64 macOS
 # make docs    the documentation, in build/docs
 # make lint    ruff, mypy, clang-format and the schema of GitHub's workflows
 # make clean   remove what the other targets made
+#
+# MLX=0.31.2 VENV=.venv-old  for another MLX than the newest of cmake/mlx_versions.json,
+#   MLX=newest for that of the package index; a .venv of its own for each
 
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+MLX ?=
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 
@@ -21,7 +26,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
 
-.PHONY: demo test simulator metal-check bench metal-cost sanitize soak wheel wheel-macos docs lint format clean
+.PHONY: demo test simulator metal-check bench metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -40,6 +45,9 @@ metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 
 wheel: $(STAMPS)/build $(STAMPS)/test
 	$(BIN)/python cmake/build_wheels.py --output dist
+
+wheel-check: wheel
+	$(BIN)/python tests/wheel_check.py $(WHEEL_CHECK)
 
 wheel-macos: $(STAMPS)/build $(STAMPS)/test
 	$(BIN)/python tests/cross_compile/cross_compile.py --wheels dist
@@ -81,7 +89,7 @@ clean:
 $(STAMPS)/build: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python cmake/build_requirements.py | xargs -d '\n' $(BIN)/python -m pip install --quiet
+	$(BIN)/python cmake/build_requirements.py $(if $(MLX),--mlx $(MLX)) | xargs -d '\n' $(BIN)/python -m pip install --quiet
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/package: $(STAMPS)/build $(sources)

@@ -1,8 +1,6 @@
 # Sets extension_name, by which python/mlx_fused_optimizers/_extension.py finds the
 # extension for an MLX, and checks that the nanobind is that MLX's.
 
-set(MLX_FUSED_MLX_VERSION "" CACHE STRING
-  "The MLX to build for, if it is not the one of this Python; see cross_compile.py")
 set(mlx_version ${MLX_FUSED_MLX_VERSION})
 if(NOT mlx_version)
   execute_process(

@@ -1,6 +1,6 @@
 """Checks one wheel with each MLX that it has kernels for, each in an environment.
 
-    python tests/wheel_check.py dist/mlx_fused_optimizers-*.whl
+    python tests/wheel_check.py --mlx 0.31.2 tests/test_options.py
 
 In each: the self-check, the comparison with that version's own mlx.optimizers, and the
 tests of memory in place; or the tests that are named. The environments stay in
@@ -24,6 +24,14 @@ import mlx_versions  # noqa: E402
 TESTS = ["tests/test_against_mlx.py", "tests/test_in_place.py"]
 NEEDED = ["hypothesis", "numpy", "pytest"]  # versions are those of pyproject.toml
 PYTHON = ".".join(map(str, sys.version_info[:2]))
+
+
+def built_wheel() -> Path:
+    """What `make wheel` made for this Python and machine."""
+    tag = f"cp{PYTHON.replace('.', '')}"
+    system = "macosx" if sys.platform == "darwin" else "linux"
+    (wheel,) = (ROOT / "dist").glob(f"*-{tag}-{tag}-*{system}_*.whl")
+    return wheel
 
 
 def prepare(wheel: Path, version: str) -> Path:
@@ -62,26 +70,28 @@ def run(python: Path, log: Path, *arguments: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("wheel", type=Path)
-    parser.add_argument("tests", nargs="*", help="pytest's arguments for another run")
-    parser.add_argument("--mlx", nargs="+", help="versions; default: all in the table")
+    parser.add_argument("tests", nargs="*", help=f"default: {' '.join(TESTS)}")
+    parser.add_argument("--wheel", type=Path, help="default: that in dist")
+    parser.add_argument("--mlx", action="append", help="default: every version")
     options = parser.parse_args()
+    wheel = options.wheel or built_wheel()
     tests = options.tests or TESTS
     names = ["self-check", *(Path(test).name for test in tests)]
     rows = []
     for version in options.mlx or mlx_versions.releases_for(PYTHON):
         start = time.monotonic()
-        python = prepare(options.wheel, version)
+        python = prepare(wheel, version)
         row = [version]
         for name in names:
             log = python.parents[1].with_name(f"{version}-{name}.log")
-            arguments = ["mlx_fused_optimizers.selfcheck"]
-            if name != "self-check":
+            if name == "self-check":
+                arguments = ["mlx_fused_optimizers.selfcheck"]
+            else:
                 arguments = ["pytest", "-q", tests[names.index(name) - 1]]
             row.append(run(python, log, "-m", *arguments))
         rows.append(row)
         print(" | ".join([*row, f"{time.monotonic() - start:.0f} s"]), flush=True)
-    print(f"\n{options.wheel.name}, Python {PYTHON}\n")
+    print(f"\n{wheel.name}, {wheel.stat().st_size / 1e6:.2f} MB, Python {PYTHON}\n")
     print("| MLX |", " | ".join(names), "|")
     print("| --- " * (len(names) + 1) + "|")
     for row in rows:
