@@ -1,5 +1,5 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
-# make test    run the tests on every backend that is here
+# make test    run the tests on every backend that is here; TESTS="-k clip"
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
@@ -33,7 +33,7 @@ demo: $(STAMPS)/package $(STAMPS)/examples
 	$(BIN)/python examples/train_digits.py
 
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench simulator
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 simulator: $(STAMPS)/simulator
 
@@ -86,10 +86,11 @@ clean:
 # The build's own requirements, read from where pip would, and CMake and Ninja
 # where the machine has none. Installed once: an isolated build would fetch them
 # and compile everything anew each time.
-$(STAMPS)/build: pyproject.toml
+$(STAMPS)/build: pyproject.toml cmake/mlx_versions.json
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python cmake/build_requirements.py $(if $(MLX),--mlx $(MLX)) | xargs -d '\n' $(BIN)/python -m pip install --quiet
+	$(BIN)/python cmake/build_requirements.py $(if $(MLX),--mlx $(MLX)) > $(VENV)/build.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/build.txt
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/package: $(STAMPS)/build $(sources)
@@ -104,5 +105,6 @@ $(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
 
 # The extras of pyproject.toml, without building the package again.
 $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: $(STAMPS)/build
-	$(BIN)/python cmake/build_requirements.py $(@F) | xargs -d '\n' $(BIN)/python -m pip install --quiet
+	$(BIN)/python cmake/build_requirements.py $(@F) > $(VENV)/$(@F).txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/$(@F).txt
 	touch $@
