@@ -58,7 +58,7 @@ sys.path.append(str(ROOT / "tests"))
 
 import mlx_versions  # noqa: E402
 from build_wheels import PYTHON as PYTHON_VERSION  # noqa: E402
-from build_wheels import fetch, merge  # noqa: E402
+from build_wheels import BuildError, fetch, merge  # noqa: E402
 from metal_simulator.macos_wheels import macos_wheels  # noqa: E402
 
 MACOS = [14, 0, 0]
@@ -105,6 +105,7 @@ def cross_compile_every(output: Path, wheels: Path | None = None) -> Path:
 
     Raises:
         CrossCompileError: as cross_compile.
+        BuildError: the wheels are not alike.
     """
     results = []
     for version in mlx_versions.releases_for(PYTHON_VERSION):
@@ -407,7 +408,7 @@ def main() -> int:
             print(cross_compile(options.output, version, options.extra_source))
         else:
             cross_compile_every(options.output, options.wheels)
-    except CrossCompileError as error:
+    except (BuildError, CrossCompileError) as error:
         print(f"cross-compile failed: {error}", file=sys.stderr)
         return 1
     return 0
