@@ -202,8 +202,11 @@ def test_pip_installs_it_beside_what_pins_an_mlx_on_macos(
         for x in json.loads(report.read_text())["install"]
     }
     assert found["mlx-fused-optimizers"] == __version__
-    assert found["mlx"] == found["mlx-metal"]
-    assert found["mlx"] == beside.partition("==")[2] or beside == "mlx-lm"
+    # Requirements with markers are those of this machine: mlx-metal is not among them.
+    if beside == "mlx-lm":
+        assert "mlx-lm" in found
+    else:
+        assert found["mlx"] == beside.partition("==")[2]
 
 
 def test_another_extension_for_the_same_mlx_is_not_merged(
