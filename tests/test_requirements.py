@@ -314,10 +314,15 @@ def test_the_extension_is_chosen_by_the_version_of_mlx(site: Site) -> None:
     )
 
 
-def test_the_oldest_mlx_is_that_of_the_table() -> None:
-    assert next(iter(mlx_versions.RELEASES)) == _requirements.OLDEST_MLX
-    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert f'dependencies = ["mlx>={_requirements.OLDEST_MLX}"]' in pyproject
+def test_what_names_versions_of_mlx_names_those_of_the_table() -> None:
+    root = Path(__file__).parents[1]
+    oldest, newest = next(iter(mlx_versions.RELEASES)), mlx_versions.NEWEST
+    assert oldest == _requirements.OLDEST_MLX
+    assert f'dependencies = ["mlx>={oldest}"]' in (root / "pyproject.toml").read_text()
+    guide = (root / "docs/getting_started.md").read_text()
+    assert f"each MLX from {oldest} to {newest}" in guide
+    workflow = (root / ".github/workflows/test.yml").read_text()
+    assert re.findall(r"mlx: ([\d.]+)", workflow) == [oldest, newest]
 
 
 def test_python_without_the_gil_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
