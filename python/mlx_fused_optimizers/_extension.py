@@ -86,7 +86,7 @@ def _find(version: str) -> tuple[ModuleType | None, str | None]:
     import mlx.core as mx
 
     if not extension.is_array_type(mx.array):
-        return None, f"MLX {version} was built with another nanobind than the released"
+        return None, f"MLX {version} and its extension are of different nanobinds"
     return extension, None
 
 
