@@ -12,12 +12,14 @@
 # make lint    ruff, mypy, clang-format and the schema of GitHub's workflows
 # make clean   remove what the other targets made
 #
-# MLX=0.31.2 VENV=.venv-old  for another MLX than the newest of cmake/mlx_versions.json,
-#   MLX=newest for that of the package index; a .venv of its own for each
+# MLX=0.31.2   another MLX than the newest of cmake/mlx_versions.json; MLX=newest: that
+#   of the package index. Each has an environment and a simulator of its own.
 
 PYTHON ?= python3
-VENV ?= .venv
 MLX ?=
+VENV := .venv$(if $(MLX),-$(MLX))
+SIMULATOR := build/simulator$(if $(MLX),-$(MLX))
+export MLX_FUSED_SIMULATOR_LIBRARY := $(CURDIR)/$(SIMULATOR)/tests/metal_simulator/libmetal_simulator.so
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 
@@ -81,7 +83,7 @@ format: $(STAMPS)/lint
 	$(BIN)/clang-format -i $(cpp_sources)
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf .venv .venv-* build dist
 
 # The build's own requirements, read from where pip would, and CMake and Ninja
 # where the machine has none. Installed once: an isolated build would fetch them
@@ -98,9 +100,9 @@ $(STAMPS)/package: $(STAMPS)/build $(sources)
 	touch $@
 
 $(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/simulator -G Ninja \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMLX_FUSED_SIMULATOR=ON > build/simulator.log
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/simulator >> build/simulator.log
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SIMULATOR) -G Ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMLX_FUSED_SIMULATOR=ON > $(SIMULATOR).log
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SIMULATOR) >> $(SIMULATOR).log
 	touch $@
 
 # The extras of pyproject.toml, without building the package again.
