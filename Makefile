@@ -1,18 +1,25 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
-# make test    run the tests on every backend that is here
+# make test    run the tests on every backend that is here; TESTS="-k clip"
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
 # make sanitize     run the tests under the address, undefined and thread sanitizers
 # make soak    100,000 steps beside mlx.optimizers; SOAK="--steps 1000 --seed 7"
 # make wheel   build the source distribution, and from it the wheel for this machine
+# make wheel-check  check that wheel with each MLX; WHEEL_CHECK="--mlx 0.31.2"
 # make wheel-macos  cross-build the wheel for arm64 macOS
 # make docs    the documentation, in build/docs
 # make lint    ruff, mypy, clang-format and the schema of GitHub's workflows
 # make clean   remove what the other targets made
+#
+# MLX=0.31.2   another MLX than the newest of cmake/mlx_versions.json; MLX=newest: that
+#   of the package index. Each has an environment and a simulator of its own.
 
 PYTHON ?= python3
-VENV := .venv
+MLX ?=
+VENV := .venv$(if $(MLX),-$(MLX))
+SIMULATOR := build/simulator$(if $(MLX),-$(MLX))
+export MLX_FUSED_SIMULATOR_LIBRARY := $(CURDIR)/$(SIMULATOR)/tests/metal_simulator/libmetal_simulator.so
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 
@@ -21,14 +28,14 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') $(wildcard metal/*.h metal/*.metal)
 
-.PHONY: demo test simulator metal-check bench metal-cost sanitize soak wheel wheel-macos docs lint format clean
+.PHONY: demo test simulator metal-check bench metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
 	$(BIN)/python examples/train_digits.py
 
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench simulator
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 simulator: $(STAMPS)/simulator
 
@@ -39,7 +46,10 @@ metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost
 
 wheel: $(STAMPS)/build $(STAMPS)/test
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation
+	$(BIN)/python cmake/build_wheels.py --output dist
+
+wheel-check: wheel
+	$(BIN)/python tests/wheel_check.py $(WHEEL_CHECK)
 
 wheel-macos: $(STAMPS)/build $(STAMPS)/test
 	$(BIN)/python tests/cross_compile/cross_compile.py --wheels dist
@@ -73,15 +83,16 @@ format: $(STAMPS)/lint
 	$(BIN)/clang-format -i $(cpp_sources)
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf .venv .venv-* build dist
 
 # The build's own requirements, read from where pip would, and CMake and Ninja
 # where the machine has none. Installed once: an isolated build would fetch them
 # and compile everything anew each time.
-$(STAMPS)/build: pyproject.toml
+$(STAMPS)/build: pyproject.toml cmake/mlx_versions.json
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python cmake/build_requirements.py | xargs -d '\n' $(BIN)/python -m pip install --quiet
+	$(BIN)/python cmake/build_requirements.py $(if $(MLX),--mlx $(MLX)) > $(VENV)/build.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/build.txt
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/package: $(STAMPS)/build $(sources)
@@ -89,12 +100,13 @@ $(STAMPS)/package: $(STAMPS)/build $(sources)
 	touch $@
 
 $(STAMPS)/simulator: $(STAMPS)/package $(STAMPS)/test $(simulator_sources)
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/simulator -G Ninja \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMLX_FUSED_SIMULATOR=ON > build/simulator.log
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/simulator >> build/simulator.log
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SIMULATOR) -G Ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMLX_FUSED_SIMULATOR=ON > $(SIMULATOR).log
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SIMULATOR) >> $(SIMULATOR).log
 	touch $@
 
 # The extras of pyproject.toml, without building the package again.
 $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint: $(STAMPS)/build
-	$(BIN)/python cmake/build_requirements.py $(@F) | xargs -d '\n' $(BIN)/python -m pip install --quiet
+	$(BIN)/python cmake/build_requirements.py $(@F) > $(VENV)/$(@F).txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/$(@F).txt
 	touch $@

@@ -1,7 +1,9 @@
 """What several test files use: random trees, layouts, comparisons."""
 
 import math
+import re
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +14,8 @@ import pytest
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 
+# For what an older MLX does otherwise.
+MLX_VERSION = tuple(map(int, re.findall(r"\d+", metadata.version("mlx"))[:3]))
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 # Each optimizer with the options that change its arithmetic.

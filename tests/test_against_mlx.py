@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from support import (
     FLOATS,
     LAYOUTS,
+    MLX_VERSION,
     assert_trees_match,
     copy_tree,
     every_fused_optimizer,
@@ -87,6 +88,8 @@ def test_one_step_of_float32_agrees(
     # not return from a reduction of no elements.
     if name in ("Adafactor", "Muon"):
         assume(all(x.size > 0 for x in leaves_of(parameters).values()))
+    if name == "Adafactor" and MLX_VERSION < (0, 32, 0):  # it takes no more dimensions
+        assume(all(x.ndim < 3 for x in leaves_of(parameters).values()))
     ours, theirs = both(name, options)
     mine, reference = copy_tree(parameters), copy_tree(parameters)
     # Adafactor's means are summed in another order.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import lief
+import mlx_versions
 import pytest
 from cross_compile.cross_compile import (
     CXX,
@@ -25,6 +26,8 @@ from cross_compile.cross_compile import (
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build/cross"
 PROGRAM = ROOT / "tests/cross_compile/cross_compile.py"
+# That for every MLX is in test_wheels.py.
+NAME = f"_ext_{mlx_versions.NEWEST.replace('.', '_')}"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,15 +40,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    done = run()
+    done = run("--mlx", mlx_versions.NEWEST)
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = done.stdout.splitlines()[-2]
+    summary = done.stdout.splitlines()[-1]
     assert re.fullmatch(
-        r"cross-compile: \d+ files compiled, 1 library linked, \d+ symbols resolved "
-        r"\(.*libmlx \d+.*\)",
+        r"cross-compile for MLX [\d.]+: \d+ files compiled, 1 library linked, "
+        r"\d+ symbols resolved \(.*libmlx \d+.*\)",
         summary,
     )
-    (path,) = OUTPUT.glob("_ext.cpython-*-darwin.so")
+    (path,) = (OUTPUT / mlx_versions.NEWEST).glob(f"{NAME}.cpython-*-darwin.so")
     return path
 
 
@@ -57,7 +60,7 @@ def test_it_is_an_extension_for_arm64_macos_14(library: Path) -> None:
     assert own_name == library.name
     assert sorted(libraries) == sorted([MLX, CXX, SYSTEM, OBJC])
     assert [x.path for x in binary.rpaths] == ["@loader_path/../mlx/lib"]
-    assert "_PyInit__ext" in {symbol.name for symbol in binary.exported_symbols}
+    assert f"_PyInit_{NAME}" in {symbol.name for symbol in binary.exported_symbols}
 
 
 def test_it_catches_what_mlx_throws(library: Path) -> None:
@@ -120,7 +123,7 @@ def with_extra_source(folder: Path, text: str) -> str:
     source = folder / "extra.cpp"
     source.write_text(text)
     with pytest.raises(CrossCompileError) as refused:
-        cross_compile(OUTPUT, source)
+        cross_compile(OUTPUT, extra_source=source)
     return str(refused.value)
 
 

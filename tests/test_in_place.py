@@ -12,6 +12,7 @@ import pytest
 from mlx_fused_optimizers import _ext
 from support import (
     FLOATS,
+    MLX_VERSION,
     PARTLY_FUSED,
     copy_tree,
     every_fused_optimizer,
@@ -320,8 +321,9 @@ def test_parameters_and_state_of_any_layout(backend: str, layout: str) -> None:
     assert results[0] == results[1]
 
 
-# An array that cannot be read: its file is truncated after it was opened. The
-# stream's error then surfaces in whatever is put on it next.
+# An array that cannot be read: its file is truncated, within its header, after it was
+# opened. (MLX 0.32.3 and before report no error if they can read a part.) The stream's
+# error then surfaces in whatever is put on it next.
 FAILING_EVALUATION = """
 import sys, tempfile
 import mlx.core as mx, numpy as np
@@ -331,7 +333,7 @@ mx.set_default_device(mx.cpu)
 path = tempfile.mkdtemp() + "/array.npy"
 np.save(path, np.ones(4096, np.float32))
 broken = mx.load(path)
-open(path, "r+b").truncate(200)
+open(path, "r+b").truncate(100)
 count, size = int(sys.argv[1]), int(sys.argv[2])
 parameters = {f"{i:04d}": mx.contiguous(mx.ones((size,)) + 0) for i in range(count)}
 gradients = {key: mx.ones((size,)) for key in parameters}
@@ -360,7 +362,13 @@ print({round(float(x[5]), 4) for x in updated.values()})
 
 @pytest.mark.parametrize(("count", "size"), [("600", "4096"), ("100", "262144")])
 def test_evaluation_again_after_an_error(count: str, size: str) -> None:
-    """It neither crashes nor applies an update twice."""
+    """It neither crashes nor applies an update twice.
+
+    Up to MLX 0.32.0 there is no error to see: Load waits for its reader and does not
+    ask how it went, and a stream of the CPU has no errors. (MLX 0.32.1: "Propagate CPU
+    errors to events".) There the update goes on, and must be applied once, too.
+    """
+    error = "" if MLX_VERSION >= (0, 32, 1) else "no error\n"
     for _ in range(3):
         result = subprocess.run(
             [sys.executable, "-c", FAILING_EVALUATION, count, size],
@@ -369,7 +377,7 @@ def test_evaluation_again_after_an_error(count: str, size: str) -> None:
             check=False,
         )
         assert result.returncode == 0, result.stderr
-        assert result.stdout == "{0.9}\n"
+        assert result.stdout == error + "{0.9}\n"
 
 
 def test_an_array_without_memory_is_refused() -> None:

@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <utility>
 
-#include "mlx/allocator.h"
 #include "mlx/utils.h"
+#include "mlx_compat.h"
 #include "strides.h"
 
 namespace mlx_fused {
@@ -113,8 +113,9 @@ void Placement::commit() {
 
 void allocate(mx::array& a) {
   auto data = mx::allocator::malloc(a.nbytes());
+  auto buffer = buffer_of(data);
   // On the CPU MLX returns no memory rather than to throw.
-  if (a.nbytes() > 0 && data.buffer().ptr() == nullptr) {
+  if (a.nbytes() > 0 && buffer.ptr() == nullptr) {
     std::ostringstream message;
     message << "[mlx_fused_optimizers] no memory for an array of shape "
             << a.shape() << ".";
@@ -123,7 +124,7 @@ void allocate(mx::array& a) {
 #if defined(__linux__)
   // Memory that comes in large pages is ready in a fraction of the time.
   constexpr uintptr_t page = 1 << 21;
-  const auto start = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
+  const auto start = reinterpret_cast<uintptr_t>(buffer.raw_ptr());
   const auto first = (start + page - 1) / page * page;
   const auto last = (start + a.nbytes()) / page * page;
   if (first < last) {

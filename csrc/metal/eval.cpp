@@ -17,7 +17,6 @@
 #include "metal/kernel_source.h"
 #include "metal/launch.h"
 #include "metal_sources.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "strides.h"
 

@@ -62,6 +62,12 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
   nb::module_::import_("mlx.core");
 
   m.def(
+      "is_array_type",
+      [](nb::handle type) { return nb::type<mlx::core::array>().is(type); },
+      "type"_a,
+      "Whether arrays of this type are MLX's here: not if mlx.core was built "
+      "with another nanobind.");
+  m.def(
       "rule_names",
       [] {
         std::vector<std::string> names;

@@ -5,15 +5,12 @@
 Every name of ``mlx.optimizers`` 0.32.4 is here, with the same arguments and numbers.
 """
 
-from ._requirements import check_requirements
-
-check_requirements()
-
-from ._version import __version__  # noqa: E402
-from .checkpoint import load, save  # noqa: E402
-from .clipping import clip_grad_norm  # noqa: E402
-from .filters import decay_matrices_only  # noqa: E402
-from .optimizers import (  # noqa: E402
+from ._extension import _ext as _ext  # first: the others take it from here
+from ._version import __version__
+from .checkpoint import load, save
+from .clipping import clip_grad_norm
+from .filters import decay_matrices_only
+from .optimizers import (
     SGD,
     AdaDelta,
     Adafactor,
@@ -28,7 +25,7 @@ from .optimizers import (  # noqa: E402
     Optimizer,
     RMSprop,
 )
-from .schedulers import (  # noqa: E402
+from .schedulers import (
     constant,
     cosine_decay,
     exponential_decay,

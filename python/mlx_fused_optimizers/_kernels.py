@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import _ext
+from ._extension import _ext
 
 
 class _Kernels:

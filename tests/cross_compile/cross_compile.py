@@ -5,9 +5,10 @@
 The project's own CMakeLists.txt is configured for Darwin, with clang from the PyPI
 package ziglang and with MLX's macOS wheels: their headers, and libmlx.dylib to link
 with. Python's headers are those of the running Python, which the wheel is then for;
-include/macos_pyconfig.h stands in for the one of them that differs on a Mac.
+include/macos_pyconfig.h stands in for the one of them that differs on a Mac. This is
+done for each MLX of cmake/mlx_versions.json, and the wheels are merged into one.
 
-Then every symbol that the extension asks for must be one that the library it is bound
+Then every symbol that an extension asks for must be one that the library it is bound
 to has on macOS 14, where the Mac's loader will look for it.
 
 How is known what a library has:
@@ -15,8 +16,9 @@ How is known what a library has:
 - libmlx: it is here.
 - libSystem: ziglang ships Apple's list, which is of a later macOS; what is newer than
   macOS 14 the headers mark, and the compiler refuses.
-- libc++ and libobjc: what MLX's libraries import, which are built for macOS 14; and
-  LIBCXX below. The extension is linked with stubs that hold just that.
+- libc++ and libobjc: what MLX's libraries import, which are built for macOS 14, those
+  of the newest MLX too; and LIBCXX below. The extension is linked with stubs that
+  hold just that.
 - Python: nanobind's list for Apple's linker, and the running Python must have it too.
 
 An exception is caught by its type, which must be the same one in the library that
@@ -49,12 +51,16 @@ from pathlib import Path
 
 import lief
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from metal_simulator.macos_wheels import macos_wheels
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.append(str(ROOT / "cmake"))
+sys.path.append(str(ROOT / "tests"))
+
+import mlx_versions  # noqa: E402
+from build_wheels import PYTHON as PYTHON_VERSION  # noqa: E402
+from build_wheels import BuildError, fetch, merge  # noqa: E402
+from metal_simulator.macos_wheels import macos_wheels  # noqa: E402
+
 MACOS = [14, 0, 0]
 MLX = "@rpath/libmlx.dylib"
 SYSTEM = "/usr/lib/libSystem.B.dylib"
@@ -79,6 +85,7 @@ class CrossCompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
+    mlx: str  # the version
     wheel: Path
     library: Path  # the extension in it
     sources: list[str]  # those compiled for it
@@ -87,27 +94,49 @@ class Result:
     def __str__(self) -> str:
         libraries = ", ".join(f"{name} {n}" for name, n in self.symbols.items())
         return (
-            f"cross-compile: {len(self.sources)} files compiled, 1 library linked, "
-            f"{sum(self.symbols.values())} symbols resolved ({libraries})\n"
-            f"cross-built, not run on a Mac: {self.wheel}"
+            f"cross-compile for MLX {self.mlx}: {len(self.sources)} files compiled, "
+            f"1 library linked, {sum(self.symbols.values())} symbols resolved "
+            f"({libraries})"
         )
 
 
-def cross_compile(
-    output: Path, extra_source: Path | None = None, wheels: Path | None = None
-) -> Result:
-    """Builds in `output`, where an earlier build is continued, and checks.
+def cross_compile_every(output: Path, wheels: Path | None = None) -> Path:
+    """The wheel for every MLX, in the folder `wheels`; by default one in `output`.
 
-    The wheel goes to the folder `wheels`, by default one in `output`.
+    Raises:
+        CrossCompileError: as cross_compile.
+        BuildError: the wheels are not alike.
+    """
+    results = []
+    for version in mlx_versions.releases_for(PYTHON_VERSION):
+        results.append(cross_compile(output, version))
+        print(results[-1], flush=True)
+    wheel = merge([x.wheel for x in results], wheels or output / "wheels")
+    print(
+        f"cross-built, not run on a Mac: {wheel}, {wheel.stat().st_size / 1e6:.2f} MB"
+    )
+    return wheel
+
+
+def cross_compile(
+    output: Path,
+    version: str = mlx_versions.NEWEST,
+    extra_source: Path | None = None,
+) -> Result:
+    """Builds for one MLX and checks, in a folder of its own of `output`.
+
+    An earlier build there is continued.
 
     Raises:
         CrossCompileError: with the compiler's message, or what does not fit.
     """
-    output = output.resolve()
+    output = output.resolve() / version
     output.mkdir(parents=True, exist_ok=True)
-    wheels = wheels or output / ("trial" if extra_source else "wheels")
-    mlx = macos_wheels() / "mlx"
-    exports = known_exports(mlx)
+    wheels = output / ("trial" if extra_source else "wheel")
+    nanobind = f"nanobind=={mlx_versions.RELEASES[version]['nanobind']}"
+    packages = fetch(nanobind.replace("==", "-"), [nanobind])
+    mlx = macos_wheels(version) / "mlx"
+    exports = known_exports(mlx, packages / "nanobind")
     stubs = [write_stub(output, name, exports[name]) for name in (CXX, OBJC)]
     definitions = {
         "CMAKE_TOOLCHAIN_FILE": HERE / "macos.cmake",
@@ -117,6 +146,7 @@ def cross_compile(
         "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
         "EXTRA_SOURCE": extra_source.resolve() if extra_source else "",
         "MLX_DIR": mlx / "share/cmake/MLX",
+        "MLX_FUSED_MLX_VERSION": version,
         "MLX_LIBRARY": mlx / "lib/libmlx.dylib",
         "STUBS": ";".join(map(str, stubs)),
         "ZIG": package_folder("ziglang") / "zig",
@@ -131,23 +161,27 @@ def cross_compile(
         "print(build_wheel(sys.argv[1], json.loads(sys.argv[2])))"
     )
     messages = run(
-        *(sys.executable, "-c", program, str(wheels.resolve()), json.dumps(settings)),
+        *(sys.executable, "-c", program, str(wheels), json.dumps(settings)),
+        PYTHONPATH=str(packages),
         _PYTHON_HOST_PLATFORM=f"macosx-{MACOS[0]}.{MACOS[1]}-arm64",
         SETUPTOOLS_EXT_SUFFIX=f".{soabi}.so",
     )
     wheel = wheels / messages[-1].strip()
 
-    name = "_ext_with_extra_source" if extra_source else "_ext"
-    library = output / f"{name}.{soabi}.so"
+    name = f"_ext_{version.replace('.', '_')}"
+    library = (
+        output / f"{name}{'_with_extra_source' if extra_source else ''}.{soabi}.so"
+    )
     installed = zipfile.ZipFile(wheel).read(f"mlx_fused_optimizers/{library.name}")
     if installed != library.read_bytes():
         raise CrossCompileError(f"{library.name} was changed after it was linked")
     commands = json.loads((output / "compile_commands.json").read_text())
     sources = [os.path.relpath(command["file"], ROOT) for command in commands]
-    return Result(wheel, library, sources, check(library, exports))
+    symbols = check(library, f"_PyInit_{name}", exports)
+    return Result(version, wheel, library, sources, symbols)
 
 
-def check(library: Path, exports: dict[str, set[str]]) -> dict[str, int]:
+def check(library: Path, entry: str, exports: dict[str, set[str]]) -> dict[str, int]:
     """How many symbols of each library it uses; all that does not fit is raised."""
     binary = parse(library)
     libraries, rpaths = linked(binary), [str(x.path) for x in binary.rpaths]
@@ -156,7 +190,7 @@ def check(library: Path, exports: dict[str, set[str]]) -> dict[str, int]:
         "is not for macOS 14.0": minimum_macos(binary) == MACOS,
         f"loads {libraries}": set(libraries) == {MLX, SYSTEM, CXX, OBJC},
         f"finds libmlx in {rpaths}": rpaths == ["@loader_path/../mlx/lib"],
-        "has no PyInit__ext": "_PyInit__ext" in names(binary.exported_symbols),
+        f"has no {entry}": entry in names(binary.exported_symbols),
     }
     faults = [fault for fault, right in facts.items() if not right]
     faults += check_exceptions(binary) + check_signature(library, binary)
@@ -236,18 +270,19 @@ def check_signature(library: Path, binary: lief.MachO.Binary) -> list[str]:
     ]
 
 
-def known_exports(mlx: Path) -> dict[str, set[str]]:
+def known_exports(mlx: Path, nanobind: Path) -> dict[str, set[str]]:
     """By library, the symbols that it has on macOS 14."""
     exports = {CXX: set(LIBCXX), OBJC: set()}
-    for path in [*mlx.glob("lib/*.dylib"), *mlx.glob("core.*.so")]:
-        binary = parse(path)
-        if minimum_macos(binary) > MACOS:
-            raise CrossCompileError(f"{path.name} is for a later macOS than 14.0")
-        libraries = linked(binary)
-        for symbol in undefined(binary):
-            if not symbol.description & WEAK_REFERENCE:
-                found = exports.setdefault(origin(symbol, libraries), set())
-                found.add(str(symbol.name))
+    for folder in {mlx, macos_wheels(mlx_versions.NEWEST) / "mlx"}:
+        for path in [*folder.glob("lib/*.dylib"), *folder.glob("core.*.so")]:
+            binary = parse(path)
+            if minimum_macos(binary) > MACOS:
+                raise CrossCompileError(f"{path.name} is for a later macOS than 14.0")
+            libraries = linked(binary)
+            for symbol in undefined(binary):
+                if not symbol.description & WEAK_REFERENCE:
+                    found = exports.setdefault(origin(symbol, libraries), set())
+                    found.add(str(symbol.name))
     libmlx = parse(mlx / "lib/libmlx.dylib")  # named: lief's lists do not keep it alive
     exports[MLX] = names(libmlx.exported_symbols)
 
@@ -262,7 +297,7 @@ def known_exports(mlx: Path) -> dict[str, set[str]]:
         for name in names.split(",")
     }
 
-    listed = package_folder("nanobind") / "cmake/darwin-ld-cpython.sym"
+    listed = nanobind / "cmake/darwin-ld-cpython.sym"
     exports[PYTHON] = {
         name
         for name in re.findall(r"-U (\w+)", listed.read_text())
@@ -361,14 +396,19 @@ def main() -> int:
         description="Build the wheel for arm64 macOS and check its symbols."
     )
     parser.add_argument("--output", type=Path, default=Path("build/cross"))
+    parser.add_argument("--wheels", type=Path, help="the folder for the wheel")
+    parser.add_argument("--mlx", help="only for this version, without merging")
     parser.add_argument(
         "--extra-source", type=Path, help="a C++ file to build in, for trials"
     )
-    parser.add_argument("--wheels", type=Path, help="the folder for the wheel")
     options = parser.parse_args()
     try:
-        print(cross_compile(options.output, options.extra_source, options.wheels))
-    except CrossCompileError as error:
+        if options.mlx or options.extra_source:
+            version = options.mlx or mlx_versions.NEWEST
+            print(cross_compile(options.output, version, options.extra_source))
+        else:
+            cross_compile_every(options.output, options.wheels)
+    except (BuildError, CrossCompileError) as error:
         print(f"cross-compile failed: {error}", file=sys.stderr)
         return 1
     return 0

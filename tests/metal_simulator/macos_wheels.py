@@ -7,19 +7,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 from .compile_kernels import cache_folder
 
-MLX = "0.32.4"
 
-
-def macos_wheels() -> Path:
+def macos_wheels(version: str | None = None) -> Path:
     """The folder in which the wheels are unpacked, as site-packages would be.
 
-    They are downloaded once, to MLX_FUSED_SIMULATOR_CACHE; 55 MB.
+    They are downloaded once, to MLX_FUSED_SIMULATOR_CACHE; 55 MB. The default is the
+    version that is installed here.
     """
-    folder = cache_folder() / f"mlx-{MLX}-macos"
+    version = version or metadata.version("mlx")
+    folder = cache_folder() / f"mlx-{version}-macos"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             wheels, unpacked = Path(work, "wheels"), Path(work, "unpacked")
@@ -28,7 +29,7 @@ def macos_wheels() -> Path:
                     *(sys.executable, "-m", "pip", "download", "--quiet"),
                     *("--no-deps", "--only-binary=:all:", "--dest", str(wheels)),
                     *("--platform", "macosx_14_0_arm64", "--python-version", "3.11"),
-                    *(f"mlx=={MLX}", f"mlx-metal=={MLX}"),
+                    *(f"mlx=={version}", f"mlx-metal=={version}"),
                 ],
                 check=True,
             )

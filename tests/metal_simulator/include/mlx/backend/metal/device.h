@@ -21,11 +21,18 @@
 
 #include "encoding.h"
 #include "mlx/array.h"
-#include "mlx/backend/common/metal_kernel.h"
 #include "mlx/device.h"
 #include "mlx/stream.h"
 #include "mlx/utils.h"
 #include "simulator.h"
+
+#if __has_include("mlx/backend/common/metal_kernel.h")
+#include "mlx/backend/common/metal_kernel.h"
+#else  // MLX 0.31.2
+namespace mlx::core {
+struct CompileOptions {};
+}  // namespace mlx::core
+#endif
 
 namespace NS {
 using UInteger = unsigned long;
