@@ -71,7 +71,7 @@ class LoRA(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """A convolutional classifier; 9.4M parameters."""
+    """A convolutional classifier; 5.9M parameters."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()

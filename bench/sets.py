@@ -51,7 +51,7 @@ def of_shapes(label: str, shapes: Shapes) -> Set:
 SETS: dict[str, Set] = {
     "decoder": Set("a 38M decoder", models.decoder, is_real=True),
     "adapters": Set("256 rank-8 adapters of width 2048", models.adapters, is_real=True),
-    "convolutions": Set("a 9M convolutional net", models.convolutions, is_real=True),
+    "convolutions": Set("a 5.9M convolutional net", models.convolutions, is_real=True),
     "large": of_shapes("8 matrices of 4096 x 1024", [(4096, 1024)] * 8),
     "gpt2": of_shapes("GPT-2's 148 tensors", gpt2()),
     "small": of_shapes("800 vectors of 32", [(32,)] * 800),

@@ -22,6 +22,7 @@ LEAST = {
     "Adagrad": 20,
     "AdaDelta": 28,
     "Adamax": 28,
+    "AdEMAMix": 36,
     "AdamW clipped": 32,
 }
 
@@ -38,6 +39,18 @@ def test_bytes_and_launches_are_the_least(backend: str, case: Case) -> None:
         # The norm's partial sums are a few bytes a tensor.
         assert least <= cost.bytes_per_parameter <= least * 1.01
         assert cost.launches_per_tensor <= 0.34
+
+
+@pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_lines_of_the_cache_on_real_gradients(backend: str, dtype: mx.Dtype) -> None:
+    adamw = next(case for case in FUSED if case.label == "AdamW")
+    cost = fused_cost(adamw, 128, dtype, real=True)
+    # Beside 28 and 14 bytes, of which each must be moved.
+    assert cost.line_bytes_per_parameter <= (30 if dtype == mx.float32 else 17)
+    assert cost.launches_per_tensor <= 0.34
+    theirs = stock_cost(adamw, 128, dtype, compiled=True, real=True)
+    assert theirs.line_bytes_per_parameter > 100
 
 
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
