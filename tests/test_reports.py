@@ -1317,9 +1317,9 @@ def test_schedules_take_any_number(schedule: str) -> None:
         expected = float(function(mx.array(step)))
         others: list[Any] = [
             *(step, float(step), np.int64(step), np.float32(step)),
-            *(mx.array(step, mx.uint64), mx.array(float(step)), True if step else 0),
+            *(mx.array(step, mx.uint64), mx.array(float(step))),
         ]
-        for other in others[:-1]:
+        for other in others:
             assert float(function(other)) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
@@ -1680,7 +1680,7 @@ def test_norms_whose_squares_leave_float32(
         return [*tree["a"].tolist(), *tree["b"][0].tolist()]
 
     clipped, measured = optim.clip_grad_norm(gradients, limit)
-    assert measured.item() == pytest.approx(norm, rel=1e-5)
+    assert measured.item() == pytest.approx(norm, rel=1e-5, abs=0)
     if norm > 1:  # upstream's formula adds 1e-6 to the norm
         np.testing.assert_allclose(flat(clipped), expected, rtol=1e-5)
     for several in (False, True):
@@ -1691,7 +1691,7 @@ def test_norms_whose_squares_leave_float32(
             else optim.SGD(1.0, max_grad_norm=limit, skip_nonfinite=True)
         )
         updated = stepper(optimizer, parameters, compiled)(parameters, gradients)
-        assert float(optimizer.grad_norm) == pytest.approx(norm, rel=1e-5)
+        assert float(optimizer.grad_norm) == pytest.approx(norm, rel=1e-5, abs=0)
         assert int(optimizer.skipped_steps) == 0
         if norm > 1:
             np.testing.assert_allclose(flat(updated), [-x for x in expected], rtol=1e-5)
@@ -1764,7 +1764,7 @@ def test_bias_correction_of_any_betas(
         optimizer.state["step"] = mx.array(t - 1, mx.uint64)
         step = stepper(optimizer, zero, compiled)
         updated = step(zero, {"w": mx.full((3,), 0.5).astype(dtype)})
-        corrections = -np.expm1(t * np.log1p(np.array(betas) - 1 + 1e-300))
+        corrections = 1 - np.array(betas) ** t
         first = (1 - beta1) / corrections[0]
         second = (1 - beta2) / corrections[1]
         expected = -first / np.sqrt(second)
