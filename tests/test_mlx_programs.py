@@ -401,3 +401,55 @@ def test_multi_on_modules_without_parameters(backend: str) -> None:
         after = {p: to_numpy(x) for p, x in leaves_of(model.parameters()).items()}
         for path, x in before.items():
             assert not np.array_equal(x, after[path]), path
+
+
+def test_gradients_are_accumulated_in_a_compiled_step(backend: str) -> None:
+    """As mlx-lm's trainer does: one function, a flag, and gradients carried over."""
+    x = mx.array(np.random.default_rng(0).standard_normal((6, 4, 4)), mx.float32)
+
+    def run(compiled: bool) -> tuple[nn.Module, opt.AdamW]:
+        mx.random.seed(0)
+        model = nn.Linear(4, 4)
+        optimizer = opt.AdamW(1e-2)
+        state = [model.state, optimizer.state, mx.random.state]
+        loss = nn.value_and_grad(model, lambda m, x: mx.square(m(x)).mean())
+
+        def step(x: mx.array, before: Any, update: bool) -> Any:
+            _, gradients = loss(model, x)
+            if before is not None:
+                gradients = tree_map(lambda a, b: a + b, gradients, before)
+            if not update:
+                return gradients
+            optimizer.update(model, tree_map(lambda g: g / 2, gradients))
+            return None
+
+        call: Any = mx.compile(step, inputs=state, outputs=state) if compiled else step
+        carried = None
+        for i in range(6):
+            carried = call(x[i], carried, i % 2 == 1)
+            mx.eval(state, carried)
+        return model, optimizer
+
+    (model, optimizer), (eager, reference) = run(True), run(False)
+    assert optimizer.step.item() == reference.step.item() == 3
+    for path, value in leaves_of(eager.parameters()).items():
+        np.testing.assert_allclose(
+            to_numpy(leaves_of(model.parameters())[path]), to_numpy(value), rtol=1e-5
+        )
+
+
+def test_the_state_is_made_inside_a_compiled_step(backend: str) -> None:
+    model = nn.Linear(4, 4)
+    optimizer: Any = opt.Adam(1e-2, max_grad_norm=1.0, skip_nonfinite=True)
+    state = [model.state, optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(x: mx.array) -> None:
+        loss = nn.value_and_grad(model, lambda m, x: mx.square(m(x)).mean())
+        optimizer.update(model, loss(model, x)[1])
+
+    for i in range(4):
+        step(mx.ones((2, 4)))
+        mx.eval(state)
+        assert optimizer.step.item() == i + 1
+    assert optimizer.skipped_steps.item() == 0

@@ -404,6 +404,7 @@ def test_multi_returns_a_tree_of_the_gradients_structure(backend: str) -> None:
         "a": (mx.ones(2), [mx.ones((2, 2)), {}]),
         "b": {"0": mx.ones(2), "1": mx.ones((2, 2))},
         "c.d": {"e": mx.ones(3)},
+        7: {8: mx.ones(4)},
     }
     optimizer = optim.MultiOptimizer(
         [optim.SGD(0.5), optim.SGD(0.25, momentum=0.9)], [is_matrix]
@@ -415,7 +416,7 @@ def test_multi_returns_a_tree_of_the_gradients_structure(backend: str) -> None:
         assert updated["a"][1][0].tolist() == [[0.5, 0.5], [0.5, 0.5]]
         assert updated["b"]["1"].tolist() == [[0.5, 0.5], [0.5, 0.5]]
         assert [*updated["b"]] == ["0", "1"]
-        assert updated["c.d"]["e"].shape == (3,)
+        assert updated["c.d"]["e"].shape == (3,) and updated[7][8].shape == (4,)
 
 
 # 3. What update reads of a model
@@ -1436,7 +1437,29 @@ def test_trees_that_are_none(backend: str) -> None:
         several.update(model, tree)
 
 
-LEAVES: list[tuple[Any, str]] = [(None, "NoneType"), ("text", "str"), (1.5, "float")]
+@pytest.mark.parametrize(
+    ("tree", "kind"),
+    [([mx.ones(2)], "list"), ((mx.ones(2),), "tuple"), (mx.ones(2), "array")],
+    ids=["list", "tuple", "array"],
+)
+def test_trees_that_are_no_dicts(backend: str, tree: Any, kind: str) -> None:
+    """The state has entries of its own beside the parameters', so it is a dict."""
+    for optimizer in (optim.Adam(0.1), optim.SGD(0.1, momentum=0.9)):
+        before = snapshot(optimizer.state)
+        for action, word in (
+            (lambda o: o.apply_gradients(tree, tree), "gradients"),
+            (lambda o: o.init(tree), "parameters"),
+        ):
+            clear_error(
+                partial(action, optimizer), (TypeError, ValueError), word, kind, "dict"
+            )
+        assert snapshot(optimizer.state) == before
+
+
+LEAVES: list[tuple[Any, str]] = [
+    *((None, "NoneType"), ("text", "str"), (1.5, "float")),
+    (np.ones(2, np.float32), "ndarray"),
+]
 
 
 @pytest.mark.parametrize(("leaf", "kind"), LEAVES, ids=[kind for _, kind in LEAVES])
@@ -2068,6 +2091,25 @@ def test_adapters_alone_are_saved_and_loaded(
     assert snapshot(other.parameters()) == snapshot(model.parameters())
 
 
+def test_a_layer_that_was_frozen_later_is_left_out(tmp_path: Path) -> None:
+    """Its moments too, which the optimizer still has."""
+    save, load = FUNCTIONS
+    model, optimizer = Growing(), optim.AdamW(1e-2)
+    optimizer.update(model, backward(model))
+    model.layers[0].freeze()
+    optimizer.update(model, backward(model))
+    save(tmp_path / "file", model, optimizer)
+    arrays: Any = mx.load(str(tmp_path / "file"), format="safetensors")
+    assert not any("layers.0" in name for name in arrays)
+    other, resumed = Growing(), optim.AdamW(1e-2)
+    other.layers[0].update(model.layers[0].parameters())
+    other.layers[0].freeze()
+    load(tmp_path / "file", other, resumed)
+    optimizer.update(model, backward(model))
+    resumed.update(other, backward(other))
+    assert snapshot(other.parameters()) == snapshot(model.parameters())
+
+
 def test_what_trainable_refuses(tmp_path: Path) -> None:
     save, load = FUNCTIONS
     model, optimizer = adapted_model(1), optim.AdamW(1e-2)
@@ -2122,3 +2164,177 @@ def test_a_compiled_step_goes_on_after_adapters_are_loaded(tmp_path: Path) -> No
 
 def adapter_step_unevaluated(model: Any, optimizer: Any) -> None:
     optimizer.update(model, backward(model, mx.ones((3, 64))))
+
+
+# Further reports
+
+
+@partly_fused
+@in_half
+@pytest.mark.parametrize(
+    "more", [{}, {"state_dtype": mx.float32}, {"max_grad_norm": 1.0}]
+)
+def test_gradients_of_zero_in_half_precision(
+    backend: str,
+    name: str,
+    options: dict[str, Any],
+    dtype: mx.Dtype,
+    more: dict[str, Any],
+) -> None:
+    """microsoft/LLM2CLIP#64: Adafactor's epsilon of 1e-30 is zero there."""
+    parameters, _ = half_case(1.0, dtype)
+    optimizer = make(name, options, weight_decay=0.0, **more)
+    zeros = tree_map(mx.zeros_like, parameters)
+    for _ in range(2):
+        updated = optimizer.apply_gradients(zeros, parameters)
+        assert snapshot(updated) == snapshot(parameters)
+    # A row, a column and a vector of zeros beside others.
+    gradients = {k: mx.ones_like(x) for k, x in parameters.items()}
+    gradients["w"][2] = 0
+    gradients["tall"][:, 3] = 0
+    updated = optimizer.apply_gradients(gradients, parameters)
+    assert all(mx.isfinite(x).all().item() for x in leaves_of(updated).values())
+
+
+@partly_fused
+@at_half_scales
+@in_half
+def test_gradients_in_half_precision_of_float32_parameters(
+    backend: str, name: str, options: dict[str, Any], scale: float, dtype: mx.Dtype
+) -> None:
+    """google-deepmind/optax#377: the step is that of the widened gradients."""
+    parameters, gradients = half_case(scale, dtype)
+    parameters = widen(parameters)
+    mine, wide = (make(name, options) for _ in range(2))
+    for _ in range(2):
+        updated = mine.apply_gradients(gradients, parameters)
+        expected = wide.apply_gradients(widen(gradients), parameters)
+        assert_trees_match(updated, expected, 1e-5, 1e-6)
+        parameters = updated
+
+
+def test_a_schedules_own_array_is_not_changed(backend: str) -> None:
+    """pytorch/pytorch#126854: in-place arithmetic on a learning rate."""
+    given: Any = mx.array(0.5)
+    tree = {"w": mx.ones(2)}
+    one: Any = optim.SGD(given)
+    scheduled: Any = optim.SGD(lambda step: given)
+    both: Any = optim.MultiOptimizer([optim.SGD(0.1), optim.SGD(0.1)], [is_matrix])
+    both.learning_rate = given
+    for optimizer in (one, scheduled, both):
+        optimizer.apply_gradients(tree, tree)
+        rate = optimizer.learning_rate
+        rate *= 0.5
+        assert given.item() == 0.5
+    assert both.optimizers[1].learning_rate.item() == 0.5
+
+
+@every_optimizer
+def test_the_callers_arrays_keep_their_values(
+    backend: str, name: str, options: dict[str, Any]
+) -> None:
+    """ml-explore/mlx#4426: weight decay changed the gradients that were given."""
+    for more in with_each_option(name):
+        parameters, gradients = small_tree(0), small_tree(1)
+        held = tree_map(lambda x: x, [parameters, gradients])
+        before = snapshot(held)
+        optimizer = make(name, options, **more)
+        for _ in range(2):
+            parameters = optimizer.apply_gradients(gradients, parameters)
+            mx.eval(parameters, optimizer.state)
+        assert snapshot(held) == before
+    mx.eval(optim.clip_grad_norm(gradients, 1e-3))
+    assert snapshot(gradients) == snapshot(small_tree(1))
+
+
+@every_optimizer
+def test_one_array_in_several_places(
+    backend: str, name: str, options: dict[str, Any]
+) -> None:
+    """paiml/entrenar#314, by arrays: each place has a step of its own."""
+    rng = np.random.default_rng(0)
+    shared, gradient = (random_array(rng, (64, 64), mx.float32) for _ in range(2))
+    tied = {"a": shared, "b": shared, "c": shared.T, "d": shared[:32]}
+    gradients = {
+        "a": gradient,
+        "b": gradient,
+        "c": gradient * 2,
+        "d": gradient[32:],
+    }
+    expected = copy_tree(tied)
+    ours, apart = make(name, options), make(name, options)
+    del shared
+    for _ in range(3):
+        tied = ours.apply_gradients(gradients, tied)
+        expected = apart.apply_gradients(copy_tree(gradients), expected)
+        mx.eval(tied, expected, ours.state, apart.state)
+    assert_trees_match(tied, expected, 1e-6, 1e-7)
+
+
+def test_a_norm_of_zero_and_a_limit_of_zero(backend: str) -> None:
+    """google-deepmind/optax#1752, tensorflow/tensorflow#21363."""
+    zeros, ones = {"w": mx.zeros(3)}, {"w": mx.ones(3)}
+    for tree in (zeros, ones):
+        clipped, _ = optim.clip_grad_norm(tree, 0.0)
+        assert clipped["w"].tolist() == [0, 0, 0]
+        updated = optim.SGD(1.0, max_grad_norm=0.0).apply_gradients(tree, ones)
+        assert updated["w"].tolist() == [1, 1, 1]
+    # A norm that is infinite is no reason to go on as if there were no gradient.
+    clipped, norm = optim.clip_grad_norm({"w": mx.array([float("inf"), 1.0])}, 1.0)
+    assert norm.item() == float("inf")
+    assert not mx.isfinite(clipped["w"]).all().item()
+
+
+@pytest.mark.parametrize("clipping", ["function", "option"])
+def test_clipping_of_float16(backend: str, clipping: str) -> None:
+    """tracel-ai/burn#5699 and unslothai/unsloth-zoo#1261: squares and small factors."""
+    gradients = {"w": mx.full((1000,), 30000.0, mx.float16)}
+    if clipping == "function":
+        clipped, norm = optim.clip_grad_norm(gradients, 1e-2)
+    else:
+        optimizer: Any = optim.SGD(-1.0, max_grad_norm=1e-2)
+        clipped = optimizer.apply_gradients(
+            gradients, {"w": mx.zeros_like(gradients["w"])}
+        )
+        norm = optimizer.grad_norm
+    assert float(norm) == pytest.approx(30000 * 1000**0.5, rel=1e-5)
+    np.testing.assert_allclose(to_numpy(clipped["w"]), 1e-2 / 1000**0.5, rtol=1e-3)
+
+
+def test_a_part_without_parameters(backend: str, tmp_path: Path) -> None:
+    """pytorch/pytorch#143828: an empty group, saved and loaded."""
+
+    def build() -> Any:
+        parts = [optim.Adam(0.1), optim.SGD(0.1, momentum=0.9)]
+        return optim.MultiOptimizer(parts, [lambda path, x: True], max_grad_norm=1.0)
+
+    model, optimizer, resumed = nn.Linear(4, 4), build(), build()
+    for _ in range(2):
+        optimizer.update(model, backward(model))
+    optim.save(tmp_path / "file", model, optimizer)
+    optim.load(tmp_path / "file", model, resumed)
+    resumed.update(model, backward(model))
+    assert [int(part.step) for part in resumed.optimizers] == [3, 3]
+
+
+def test_hyperparameters_of_other_types(backend: str) -> None:
+    """pytorch/pytorch#147921, #145461: arrays and NumPy's numbers are as floats."""
+    tree = {"w": mx.array([0.5, -2.0])}
+    expected = optim.AdamW(0.1, (0.9, 0.999), 1e-8, 0.1, True)
+    plain = to_numpy(expected.apply_gradients(tree, tree)["w"])
+    kinds: list[Any] = [np.float32, np.float64, mx.array]
+    for kind in kinds:
+        optimizer = optim.AdamW(
+            kind(0.1), (kind(0.9), kind(0.999)), kind(1e-8), kind(0.1), True
+        )
+        updated = optimizer.apply_gradients(tree, tree)
+        np.testing.assert_allclose(to_numpy(updated["w"]), plain, rtol=1e-4)
+
+
+def test_warmup_ends_at_its_peak() -> None:
+    """ml-explore/mlx#2617."""
+    warmup = optim.linear_schedule(0.0, 1e-5, 100)
+    cosine = optim.cosine_decay(1e-5, 1000, 1e-6)
+    schedule = optim.join_schedules([warmup, cosine], [100])
+    values = [schedule(mx.array(i, mx.uint64)).item() for i in (0, 50, 100, 1100, 5000)]
+    np.testing.assert_allclose(values, [0, 5e-6, 1e-5, 1e-6, 1e-6], rtol=1e-5)
