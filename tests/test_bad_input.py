@@ -174,6 +174,8 @@ def test_what_stock_does_with_other_dtypes(
     backend: str, name: str, options: dict[str, Any], dtype: mx.Dtype
 ) -> None:
     """The same result, or the same error."""
+    if dtype == mx.complex64 and name in ("Adafactor", "Muon"):
+        return  # refused by name: test_complex_matrices_are_refused_by_name
     parameters = {"w": mx.array([[1, 0], [3, 2]]).astype(dtype)}
     gradient_dtype = mx.float16 if dtype != mx.complex64 else dtype
     gradients = {"w": mx.array([[1, 2], [0, 1]]).astype(gradient_dtype)}
