@@ -271,7 +271,7 @@ def test_a_part_whose_step_is_all_its_own(backend: str, outer: dict[str, Any]) -
 @with_outer_options
 @decaying
 def test_parts_keep_their_filter_and_dtype(
-    backend: str, name: str, options: dict[str, Any], outer: dict[str, Any]
+    name: str, options: dict[str, Any], outer: dict[str, Any]
 ) -> None:
     """Options that a part has alone, with the paths of the whole tree."""
     paths: list[str] = []
@@ -342,7 +342,6 @@ FILTERS: dict[str, Callable[[str, mx.array], bool]] = {
 @pytest.mark.parametrize("clipped", [False, True], ids=["", "clip"])
 @compiled_too
 def test_multi_on_modules_without_parameters(
-    backend: str,
     build: Callable[[], nn.Module],
     which: str,
     clipped: bool,
@@ -398,7 +397,7 @@ def test_multi_on_such_models_is_saved_and_loaded(
     )
 
 
-def test_multi_returns_a_tree_of_the_gradients_structure(backend: str) -> None:
+def test_multi_returns_a_tree_of_the_gradients_structure() -> None:
     """Tuples, dicts whose keys are numbers, and names with a dot."""
     tree: Any = {
         "a": (mx.ones(2), [mx.ones((2, 2)), {}]),
@@ -448,7 +447,7 @@ class Parent(nn.Module):  # type: ignore[misc, unused-ignore]
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "multi"])
-def test_update_of_a_module_with_cycles(backend: str, several: bool) -> None:
+def test_update_of_a_module_with_cycles(several: bool) -> None:
     results = []
     for library in (optim, stock):
         model = Parent()
@@ -461,7 +460,7 @@ def test_update_of_a_module_with_cycles(backend: str, several: bool) -> None:
     assert_trees_match(results[0], results[1], 1e-5, 1e-7)
 
 
-def test_an_error_restores_what_the_gradients_name_and_no_more(backend: str) -> None:
+def test_an_error_restores_what_the_gradients_name_and_no_more() -> None:
     """A user's own attributes keep what a schedule that raises has written."""
     model = Parent()
 
@@ -530,9 +529,7 @@ def assert_is_a_copy(
 
 @either_copy
 @every_optimizer
-def test_copies_with_every_option(
-    backend: str, name: str, options: dict[str, Any], how: str
-) -> None:
+def test_copies_with_every_option(name: str, options: dict[str, Any], how: str) -> None:
     for more in with_each_option(name):
         parameters, gradients = small_tree(0, mx.float16), small_tree(1, mx.float16)
         optimizer = make(name, options, **more)
@@ -550,7 +547,7 @@ def test_copies_with_every_option(
 
 @either_copy
 @pytest.mark.parametrize("outer", OUTER, ids=["plain", "clip", "skip", "clip-skip"])
-def test_copies_of_multi(backend: str, how: str, outer: dict[str, Any]) -> None:
+def test_copies_of_multi(how: str, outer: dict[str, Any]) -> None:
     optimizer = optim.MultiOptimizer(
         [
             optim.Muon(1e-2, state_dtype=mx.float32),
@@ -582,7 +579,7 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 @either_copy
 @every_schedule
-def test_copies_with_a_schedule(backend: str, how: str, schedule: str) -> None:
+def test_copies_with_a_schedule(how: str, schedule: str) -> None:
     optimizer = optim.AdamW(SCHEDULES[schedule](), state_dtype=mx.float32)
     parameters, gradients = small_tree(0), small_tree(1)
     parameters = optimizer.apply_gradients(gradients, parameters)
@@ -603,7 +600,7 @@ class Clamped(optim.Adam):
 
 
 @either_copy
-def test_copies_of_a_users_class(backend: str, how: str) -> None:
+def test_copies_of_a_users_class(how: str) -> None:
     optimizer: Any = Clamped(1e-2, state_dtype=mx.float32)
     optimizer.bound, optimizer.kind = 0.25, mx.bfloat16
     parameters, gradients = small_tree(0), small_tree(1)
@@ -616,7 +613,7 @@ def test_copies_of_a_users_class(backend: str, how: str) -> None:
 @either_copy
 @every_optimizer
 def test_copies_of_a_compiled_steps_optimizer(
-    backend: str, name: str, options: dict[str, Any], how: str
+    name: str, options: dict[str, Any], how: str
 ) -> None:
     for more in with_each_option(name):
         parameters, gradients = small_tree(0), small_tree(1)
@@ -686,7 +683,7 @@ every_override = pytest.mark.parametrize("override", OVERRIDES)
 @decaying
 @compiled_too
 def test_weight_decay_filter_in_subclasses(
-    backend: str, name: str, options: dict[str, Any], override: str, compiled: bool
+    name: str, options: dict[str, Any], override: str, compiled: bool
 ) -> None:
     paths: list[str] = []
 
@@ -719,7 +716,7 @@ def test_the_bias_of_a_subclass_does_not_decay(backend: str) -> None:
 @every_override
 @every_optimizer
 def test_step_options_in_subclasses(
-    backend: str, name: str, options: dict[str, Any], override: str
+    name: str, options: dict[str, Any], override: str
 ) -> None:
     options = {"learning_rate": 1e-2, **options}
     more: dict[str, Any] = {"max_grad_norm": 0.3, "skip_nonfinite": True}
@@ -741,7 +738,7 @@ def test_step_options_in_subclasses(
 @every_override
 @every_optimizer
 def test_state_dtype_in_subclasses(
-    backend: str, name: str, options: dict[str, Any], override: str
+    name: str, options: dict[str, Any], override: str
 ) -> None:
     options = {"learning_rate": 1e-2, **options}
     parameters, gradients = small_tree(0, mx.float16), small_tree(1, mx.float16)
@@ -876,9 +873,7 @@ def test_state_dtype_keeps_complex_moments(
 
 @pytest.mark.parametrize("name", ["Adafactor", "Muon"])
 @pytest.mark.parametrize("more", COMPLEX_OPTIONS, ids=["", "state_dtype", "clip-skip"])
-def test_complex_matrices_are_refused_by_name(
-    backend: str, name: str, more: dict[str, Any]
-) -> None:
+def test_complex_matrices_are_refused_by_name(name: str, more: dict[str, Any]) -> None:
     """As torch does; upstream's formulas are wrong for them."""
     optimizer = make(name, {}, **more)
     matrix = {"inner": {"w": mx.array([[1 + 2j, 1j], [2 + 0j, 3 - 1j]])}}
@@ -936,12 +931,12 @@ added_option = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("library", [optim, stock], ids=["ours", "stock"])
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+@pytest.mark.parametrize(
+    ("library", "strict"), [(optim, False), (stock, True)], ids=["ours", "stock"]
+)
 @decaying
 @added_option
 def test_a_plain_checkpoint_loads_into_an_optimizer_with_options(
-    backend: str,
     tmp_path: Path,
     name: str,
     options: dict[str, Any],
@@ -1010,7 +1005,7 @@ def stock_keys(model: nn.Module) -> Any:
 @every_optimizer
 @pytest.mark.parametrize("with_multi", [False, True], ids=["", "multi"])
 def test_step_options_set_between_steps(
-    backend: str, name: str, options: dict[str, Any], with_multi: bool
+    name: str, options: dict[str, Any], with_multi: bool
 ) -> None:
     def build(**more: Any) -> Any:
         if with_multi:
@@ -1047,9 +1042,7 @@ def test_step_options_set_between_steps(
 
 
 @every_optimizer
-def test_state_dtype_set_between_steps(
-    backend: str, name: str, options: dict[str, Any]
-) -> None:
+def test_state_dtype_set_between_steps(name: str, options: dict[str, Any]) -> None:
     parameters, gradients = small_tree(0, mx.float16), small_tree(1, mx.float16)
     optimizer, wide = make(name, options), make(name, options, state_dtype=mx.float32)
     parameters = optimizer.apply_gradients(gradients, parameters)
@@ -1077,7 +1070,7 @@ def test_options_set_between_steps_are_checked() -> None:
 
 @decaying
 def test_weight_decay_filter_set_between_steps(
-    backend: str, name: str, options: dict[str, Any]
+    name: str, options: dict[str, Any]
 ) -> None:
     parameters, gradients = small_tree(0), small_tree(1)
     optimizer = make(name, options, weight_decay=0.3)
@@ -1188,9 +1181,7 @@ def moments(optimizer: Any, path: str) -> dict[str, mx.array]:
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_a_model_that_changes(
-    backend: str, tmp_path: Path, change: str, kind: str
-) -> None:
+def test_a_model_that_changes(tmp_path: Path, change: str, kind: str) -> None:
     """A clear error or a step; after another init everything goes on."""
     model, optimizer = Growing(), BUILDERS[kind]()
     if change == "unfrozen":
@@ -1238,7 +1229,7 @@ def test_a_model_that_changes(
     assert snapshot(resumed.state) == snapshot(optimizer.state)
 
 
-def test_another_init_gives_what_is_new_a_fresh_state(backend: str) -> None:
+def test_another_init_gives_what_is_new_a_fresh_state() -> None:
     model, optimizer = Growing(), optim.AdamW(1e-2)
     for _ in range(2):
         optimizer.update(model, backward(model))
@@ -1257,7 +1248,7 @@ def test_another_init_gives_what_is_new_a_fresh_state(backend: str) -> None:
     assert int(optimizer.step) == 2
 
 
-def test_another_init_keeps_entries_that_are_no_parameters(backend: str) -> None:
+def test_another_init_keeps_entries_that_are_no_parameters() -> None:
     """Scheduled values, counters, and what a user has put there."""
     optimizer: Any = optim.Adam(optim.constant(0.5), max_grad_norm=1.0)
     optimizer.init({"w": mx.ones(2)})
@@ -1269,7 +1260,7 @@ def test_another_init_keeps_entries_that_are_no_parameters(backend: str) -> None
     assert int(optimizer.state["users"]) == 3
 
 
-def test_a_layer_of_another_shape_is_not_widened(backend: str) -> None:
+def test_a_layer_of_another_shape_is_not_widened() -> None:
     """An old moment that broadcasts with the new gradient is an error too."""
     optimizer = optim.Adam(1e-2)
     tree = {"w": mx.ones((1, 3))}
@@ -1289,9 +1280,7 @@ def test_a_layer_of_another_shape_is_not_widened(backend: str) -> None:
         optimizer.init(tree)
 
 
-def test_gradients_of_some_parameters_drop_no_state(
-    backend: str, tmp_path: Path
-) -> None:
+def test_gradients_of_some_parameters_drop_no_state(tmp_path: Path) -> None:
     """The init of a first step after a load or an assignment only adds."""
     model, optimizer = Growing(), optim.AdamW(1e-2)
     optimizer.update(model, backward(model))
@@ -1342,7 +1331,7 @@ NO_SCALARS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("value", "given"), NO_SCALARS, ids=lambda x: repr(x)[:12])
-def test_a_schedule_that_gives_no_scalar(backend: str, value: Any, given: str) -> None:
+def test_a_schedule_that_gives_no_scalar(value: Any, given: str) -> None:
     """Named when it is made or at its first step, and nothing has changed."""
     tree = {"w": mx.ones(2)}
     clear_error(
@@ -1372,7 +1361,7 @@ def test_a_schedule_that_gives_no_scalar(backend: str, value: Any, given: str) -
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 1, 1)])
 @every_optimizer
 def test_a_schedule_does_not_reshape_the_parameters(
-    backend: str, name: str, options: dict[str, Any], shape: tuple[int, ...]
+    name: str, options: dict[str, Any], shape: tuple[int, ...]
 ) -> None:
     """One element is a scalar, as upstream takes it where that does no harm."""
     tree = {"w": mx.ones(2), "s": mx.array(1.0)}
@@ -1388,7 +1377,7 @@ def test_a_schedule_does_not_reshape_the_parameters(
 @pytest.mark.parametrize(
     "value", [np.float64(0.5), np.float32(0.5), 0.5, mx.array(0.5)]
 )
-def test_a_schedule_may_give_any_number(backend: str, value: Any) -> None:
+def test_a_schedule_may_give_any_number(value: Any) -> None:
     optimizer = optim.SGD(lambda step: value)
     updated = optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2)})
     assert updated["w"].tolist() == [0.5, 0.5]
@@ -1410,7 +1399,7 @@ def test_a_learning_rate_that_is_no_number(value: Any) -> None:
 # 10. Errors
 
 
-def test_trees_that_are_none(backend: str) -> None:
+def test_trees_that_are_none() -> None:
     model: Any = nn.Linear(2, 2)
     tree = model.trainable_parameters()
     nothing: Any = None
@@ -1442,7 +1431,7 @@ def test_trees_that_are_none(backend: str) -> None:
     [([mx.ones(2)], "list"), ((mx.ones(2),), "tuple"), (mx.ones(2), "array")],
     ids=["list", "tuple", "array"],
 )
-def test_trees_that_are_no_dicts(backend: str, tree: Any, kind: str) -> None:
+def test_trees_that_are_no_dicts(tree: Any, kind: str) -> None:
     """The state has entries of its own beside the parameters', so it is a dict."""
     for optimizer in (optim.Adam(0.1), optim.SGD(0.1, momentum=0.9)):
         before = snapshot(optimizer.state)
@@ -1465,7 +1454,7 @@ LEAVES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("leaf", "kind"), LEAVES, ids=[kind for _, kind in LEAVES])
 @every_optimizer
 def test_leaves_that_are_no_arrays(
-    backend: str, name: str, options: dict[str, Any], leaf: Any, kind: str
+    name: str, options: dict[str, Any], leaf: Any, kind: str
 ) -> None:
     """At the first step, at a later one, and in a part of a Multi."""
     good = {"layers": [{"w": mx.ones((2, 2))}], "b": mx.ones(2)}
@@ -1502,9 +1491,7 @@ def test_what_clip_grad_norm_refuses(leaf: Any, kind: str) -> None:
     "name", ["step", "learning_rate", "grad_norm", "skipped_steps"]
 )
 @pytest.mark.parametrize("several", [False, True], ids=["one", "multi"])
-def test_a_parameter_named_like_a_state_entry(
-    backend: str, name: str, several: bool
-) -> None:
+def test_a_parameter_named_like_a_state_entry(name: str, several: bool) -> None:
     options: Any = {"max_grad_norm": 1.0, "skip_nonfinite": True}
     optimizer: Any = optim.Adam(0.1, **options)
     if several:
@@ -1518,7 +1505,7 @@ def test_a_parameter_named_like_a_state_entry(
         assert updated[name].shape == (2,)
 
 
-def test_attributes_that_are_not_there(backend: str) -> None:
+def test_attributes_that_are_not_there() -> None:
     """MultiOptimizer's step is its first part's, as its learning rate is."""
     tree = {"w": mx.ones((2, 2)), "b": mx.ones(2)}
     optimizer: Any = optim.MultiOptimizer(
@@ -1765,27 +1752,19 @@ BETAS = [
 
 
 @pytest.mark.parametrize("betas", BETAS, ids=str)
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.complex64], ids=str)
 @compiled_too
 def test_bias_correction_of_any_betas(
     backend: str,
     betas: tuple[float, float],
-    name: str,
     dtype: mx.Dtype,
     compiled: bool,
 ) -> None:
     """Against float64: steps t from moments that are zero."""
-    more: Any = {"weight_decay": 0.0} if name == "AdamW" else {}
     beta1, beta2 = betas
     for t in (1, 2, 10, 1000, 1_000_000):
-        optimizer = getattr(optim, name)(
-            1.0,
-            betas=betas,
-            eps=0.0,
-            bias_correction=True,
-            state_dtype=mx.float32,
-            **more,
+        optimizer = optim.Adam(
+            1.0, betas, eps=0.0, bias_correction=True, state_dtype=mx.float32
         )
         zero = {"w": mx.zeros((3,), dtype)}
         optimizer.state["step"] = mx.array(t - 1, mx.uint64)
@@ -1902,7 +1881,7 @@ def test_an_exception_inside_a_compiled_step(
     assert np.isfinite(to_numpy(model.weight)).all()
 
 
-def test_a_compiled_step_keeps_the_dict_that_it_captured(backend: str) -> None:
+def test_a_compiled_step_keeps_the_dict_that_it_captured() -> None:
     """As in upstream, another dict is not seen, and the docstring says so.
 
     To write into the old dict instead would change the trees that programs hold, as
@@ -2069,7 +2048,7 @@ def adapter_step(model: Any, optimizer: Any) -> None:
 @pytest.mark.parametrize("quantized", [False, True], ids=["", "quantized"])
 @pytest.mark.parametrize("kind", ["AdamW", "multi"])
 def test_adapters_alone_are_saved_and_loaded(
-    backend: str, tmp_path: Path, quantized: bool, kind: str
+    tmp_path: Path, quantized: bool, kind: str
 ) -> None:
     build, path = BUILDERS[kind], tmp_path / "adapters"
     save, load = FUNCTIONS
@@ -2239,7 +2218,7 @@ def test_a_schedules_own_array_is_not_changed(backend: str) -> None:
 
 @every_optimizer
 def test_the_callers_arrays_keep_their_values(
-    backend: str, name: str, options: dict[str, Any]
+    name: str, options: dict[str, Any]
 ) -> None:
     """ml-explore/mlx#4426: weight decay changed the gradients that were given."""
     for more in with_each_option(name):
@@ -2309,7 +2288,7 @@ def test_clipping_of_float16(backend: str, clipping: str) -> None:
     np.testing.assert_allclose(to_numpy(clipped["w"]), 1e-2 / 1000**0.5, rtol=1e-3)
 
 
-def test_a_part_without_parameters(backend: str, tmp_path: Path) -> None:
+def test_a_part_without_parameters(tmp_path: Path) -> None:
     """pytorch/pytorch#143828: an empty group, saved and loaded."""
 
     def build() -> Any:
@@ -2325,7 +2304,7 @@ def test_a_part_without_parameters(backend: str, tmp_path: Path) -> None:
     assert [int(part.step) for part in resumed.optimizers] == [3, 3]
 
 
-def test_hyperparameters_of_other_types(backend: str) -> None:
+def test_hyperparameters_of_other_types() -> None:
     """pytorch/pytorch#147921, #145461: arrays and NumPy's numbers are as floats."""
     tree = {"w": mx.array([0.5, -2.0])}
     expected = optim.AdamW(0.1, (0.9, 0.999), 1e-8, 0.1, True)
