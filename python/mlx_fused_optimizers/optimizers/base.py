@@ -101,7 +101,10 @@ class Optimizer(stock.Optimizer):
     new parameter and changes that dict.
 
     When a step raises, the state tree, the scheduled values and the step count are
-    what they were before it.
+    what they were before it. This does not hold for what ``mx.compile`` does: when a
+    function that it compiles raises while it is traced, the arrays that it captured
+    stay placeholders. The next step says so; restore model and state then, for example
+    with :func:`load`.
 
     Args:
         schedulers (dict, optional): Callables that take the step and give the value
@@ -130,9 +133,14 @@ class Optimizer(stock.Optimizer):
         documented(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in OPTIONS:
-            OPTIONS[name].check(self, value)
+        if name not in OPTIONS:
+            super().__setattr__(name, value)
+            return
+        OPTIONS[name].check(self, value)
+        before = self._option_state()
         super().__setattr__(name, value)
+        for entry in before.keys() - self._option_state():
+            self.state.pop(entry, None)
 
     def _set_step_options(
         self, max_grad_norm: float | None = None, skip_nonfinite: bool = False
@@ -142,21 +150,27 @@ class Optimizer(stock.Optimizer):
         self._set_option_state()
 
     def _set_option_state(self) -> None:
-        """Give the state the entries of the options that are on, and no others.
+        """Give the state the entries of the options that are on.
 
-        So the state, and a checkpoint, is that of mlx.optimizers by default.
+        Only then, so that a checkpoint is that of mlx.optimizers by default.
         """
         state = self.state
-        for name, dtype, is_on in (
-            ("grad_norm", mx.float32, self._needs_norm()),
-            ("skipped_steps", mx.uint64, self.skip_nonfinite),
-        ):
-            if is_on == (name in state) or isinstance(state.get(name), dict):
-                continue
-            if is_on:
+        for name, dtype in self._option_state().items():
+            if name not in state:
                 state[name] = mx.array(0, dtype)
-            else:
-                del state[name]
+            elif isinstance(state[name], (dict, list, tuple)):
+                raise self._is_taken(name)
+
+    def _option_state(self) -> dict[str, mx.Dtype]:
+        """The entries of the state that the options need."""
+        norm = {"grad_norm": mx.float32} if self._needs_norm() else {}
+        return {**norm, "skipped_steps": mx.uint64} if self.skip_nonfinite else norm
+
+    def _is_taken(self, name: str) -> ValueError:
+        return ValueError(
+            f"[{type(self).__name__}] the parameter '{name}' has the name of an entry "
+            "of the optimizer's state; rename it"
+        )
 
     def _needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
@@ -260,10 +274,7 @@ class Optimizer(stock.Optimizer):
         state = self.state
         for name in parameters:
             if name in state and not isinstance(state[name], (dict, list, tuple)):
-                raise ValueError(
-                    f"[{type(self).__name__}] the parameter '{name}' has the name of "
-                    "an entry of the optimizer's state; rename it"
-                )
+                raise self._is_taken(name)
         if self._initialized:
             for name, value in [*state.items()]:
                 if name not in parameters and isinstance(value, (dict, list, tuple)):
@@ -590,9 +601,10 @@ class FusedOptimizer(Optimizer):
         """As of all optimizers, for code that knows nothing of the options."""
         self._cast_all(state)
         usual = getattr(self, "weight_decay", None)
-        if self.weight_decay_filter and not self.weight_decay_filter(path, parameter):
-            self.weight_decay = 0.0
+        decays = self.weight_decay_filter
         try:
+            if decays is not None and not decays(path, parameter):
+                self.weight_decay = 0.0
             updated = super()._apply_one(path, gradient, parameter, state, clip)
         finally:
             if usual is not None:

@@ -140,12 +140,16 @@ WITHOUT_EFFECT: list[tuple[Callable[[Any], Any], str]] = [
         "warmup_init has no effect with relative_step=False",
     ),
     (
-        lambda o: getattr(o, "dampening", 0) > 0 and o.momentum <= 0,
+        lambda o: getattr(o, "dampening", 0) > 0 and getattr(o, "momentum", 1) <= 0,
         "dampening has no effect without momentum",
     ),
     (
-        # Muon uses its momentum whatever it is.
-        lambda o: o.state_dtype is not None and o._rule() == "SGD",
+        # Of SGD: Muon's state is used without momentum too.
+        lambda o: (
+            o.state_dtype is not None
+            and hasattr(o, "dampening")
+            and getattr(o, "momentum", 1) <= 0
+        ),
         "state_dtype has no effect without momentum",
     ),
     (
