@@ -19,7 +19,7 @@ STAMPS := $(VENV)/stamps
 sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
   $(shell find csrc metal python -type f -not -path '*/__pycache__/*')
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
-cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') metal/update_rules.h metal/launch.h
+cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') $(wildcard metal/*.h metal/*.metal)
 
 .PHONY: demo test simulator metal-check bench metal-cost sanitize soak wheel wheel-macos docs lint format clean
 .DELETE_ON_ERROR:

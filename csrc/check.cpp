@@ -19,9 +19,10 @@ namespace mlx_fused {
 
 namespace {
 
-// Sizes that meet each path: a lone element, a tail, vectors, several tiles.
-const std::vector<mx::Shape> check_shapes = {{1},    {7},    {64, 3},
-                                             {9001}, {5, 4}, {33}};
+// Sizes that meet each path: a lone element, a tail, several tiles, strides;
+// blocks of transposed matrices, with vectors and without.
+const std::vector<mx::Shape> check_shapes = {{7},      {70, 36},    {9001},
+                                             {66, 18}, {2, 20, 24}, {1}};
 // Arrays of the check of sums: as many as one of its launches takes.
 constexpr size_t check_sums_count = 24;
 
@@ -61,17 +62,17 @@ mx::array transposed(const mx::array& a) {
 }
 
 std::optional<std::string> compare(const mx::array& actual,
-                                   const mx::array& expected) {
+                                   const mx::array& expected, double allowed) {
   const auto x = mx::astype(actual, mx::float32);
   const auto difference =
       mx::max(mx::abs(x - expected) / (mx::abs(expected) + mx::array(1e-3f)))
           .item<float>();
-  if (difference <= tolerance(actual.dtype())) {  // false for NaN
+  if (difference <= allowed) {  // false for NaN
     return std::nullopt;
   }
   std::ostringstream message;
-  message << "relative error " << difference << ", at most "
-          << tolerance(actual.dtype()) << " is allowed";
+  message << "relative error " << difference << ", at most " << allowed
+          << " is allowed";
   return message.str();
 }
 
@@ -173,7 +174,8 @@ std::optional<std::string> check_update(const RuleTraits& rule,
       std::move(inputs), {});
   mx::eval(actual);
   for (size_t i = 0; i < actual.size(); ++i) {
-    if (auto difference = compare(actual[i], expected[i])) {
+    if (auto difference =
+            compare(actual[i], expected[i], tolerance(actual[i].dtype()))) {
       return difference;
     }
   }
@@ -189,6 +191,7 @@ std::optional<std::string> check_sums(mx::Dtype dtype, mx::Stream stream) try {
     const auto& shape = check_shapes[i % check_shapes.size()];
     inputs.push_back(transposed(sample(shape, dtype, i)));
   }
+  // MLX adds thousands of squares in float32, and loses more than we do.
   const mx::array limit(2.0f);
   mx::eval(inputs);
   auto actual = SumsOfSquares::make_outputs(inputs, limit, stream);
@@ -196,7 +199,7 @@ std::optional<std::string> check_sums(mx::Dtype dtype, mx::Stream stream) try {
   const auto expected = composed_sums(stream)(inputs);
   mx::eval(actual);
   for (size_t i = 0; i < actual.size(); ++i) {
-    if (auto difference = compare(actual[i], expected[i])) {
+    if (auto difference = compare(actual[i], expected[i], 5e-5)) {
       return difference;
     }
   }

@@ -3,17 +3,21 @@
 // csrc/metal/kernel_source.cpp adds, for a rule and the dtypes of its slots,
 // the type Slots with the pointers of one tensor, load_states and store_states,
 // and the kernel that binds the arrays of a launch's tensors and calls
-// update_tile. Each slot that is written has a pointer to read (parameter) and
-// one to write (new_parameter): the same memory, unless work under way still
-// holds the old one.
+// update_tile or update_block. Each slot that is written has a pointer to read
+// (parameter) and one to write (new_parameter): the same memory, unless work
+// under way still holds the old one.
+
+// a * b + c in two roundings, as on the CPU; memory is what a step waits for.
+#pragma METAL fp contract(off)
 
 #include <metal_stdlib>
 
 using namespace metal;
 
 #include "launch.h"
-#include "rule_language.h"
 #include "storage.h"
+#include "gradients.h"
+#include "rule_language.h"
 #include "update_rules.h"
 
 // A rule begins with its numbers, each of which is three floats.
@@ -25,48 +29,86 @@ METAL_FUNC void set_numbers(thread Rule& rule, constant float* numbers) {
   }
 }
 
+// Four elements of a tensor, by their gradients g.
 template <typename Rule, typename Slots>
-METAL_FUNC void update_tile(const thread Slots& slots,
-                            constant LaunchTensor& tensor,
-                            constant int64_t* walks, const thread Rule& rule,
-                            float gradient_scale, bool skip, uint tile,
-                            uint thread_index) {
-  const bool vectorized = tensor.vectorized != 0;
-  for (int vector = 0; vector < vectors_each; ++vector) {
-    const int64_t start =
-        vector_start(tile, tensor.first_tile, thread_index, vector);
-    if (start >= tensor.size) {
-      return;
-    }
-    const int64_t rest = tensor.size - start;
-    const int count = rest < vector_size ? int(rest) : vector_size;
-    float p[vector_size] = {0, 0, 0, 0};
-    float s[Rule::states + 1][vector_size];
-    float g[vector_size];
-    if constexpr (Rule::reads_parameter) {
-      load_vector(slots.parameter, start, count, vectorized, p);
-    }
-    load_states(slots, start, count, vectorized, s);
-    load_gradient(slots.gradient, tensor, walks, start, count, g);
-    if (!skip) {
-      FOR_EACH_OF_VECTOR {
-        float states[Rule::states + 1];
-        for (int k = 0; k < Rule::states; ++k) {
-          states[k] = s[k][i];
-        }
-        g[i] = g[i] * gradient_scale;
-        rule.update(g[i], p[i], states);
-        for (int k = 0; k < Rule::states; ++k) {
-          s[k][i] = states[k];
-        }
+METAL_FUNC void update_vector(
+    const thread Slots& slots,
+    const thread Elements& at,
+    const thread Rule& rule,
+    float gradient_scale,
+    bool skip,
+    thread float* g) {
+  float p[vector_size] = {0, 0, 0, 0};
+  float s[Rule::states + 1][vector_size];
+  if constexpr (Rule::reads_parameter) {
+    load_vector(slots.parameter, at, p);
+  }
+  load_states(slots, at, s);
+  if (!skip) {
+    FOR_EACH_OF_VECTOR {
+      float states[Rule::states + 1];
+      for (int k = 0; k < Rule::states; ++k) {
+        states[k] = s[k][i];
+      }
+      g[i] = g[i] * gradient_scale;
+      rule.update(g[i], p[i], states);
+      for (int k = 0; k < Rule::states; ++k) {
+        s[k][i] = states[k];
       }
     }
-    if constexpr (Rule::writes_parameter) {
-      store_vector(p, start, count, vectorized, slots.new_parameter);
-    }
-    store_states(s, start, count, vectorized, slots);
-    if constexpr (Rule::writes_gradient) {
-      store_vector(g, start, count, vectorized, slots.new_gradient);
-    }
+  }
+  if constexpr (Rule::writes_parameter) {
+    store_vector(p, at, slots.new_parameter);
+  }
+  store_states(s, at, slots);
+  if constexpr (Rule::writes_gradient) {
+    store_vector(g, at, slots.new_gradient);
+  }
+}
+
+// A tile of neighbouring elements.
+template <typename Rule, typename Slots>
+METAL_FUNC void update_tile(
+    const thread Slots& slots,
+    constant LaunchTensor& tensor,
+    constant int64_t* walks,
+    const thread Rule& rule,
+    float gradient_scale,
+    bool skip,
+    uint tile,
+    uint thread_index) {
+  for (int vector = 0; vector < vectors_each; ++vector) {
+    const Elements at = neighbours(
+        vector_start(tile, tensor.first_tile, thread_index, vector),
+        tensor.size,
+        tensor.vectorized != 0);
+    float g[vector_size];
+    load_gradient(slots.gradient, tensor, walks, at, g);
+    update_vector(slots, at, rule, gradient_scale, skip, g);
+  }
+}
+
+// A tile of a tensor whose gradient is transposed: a block of it.
+template <typename Rule, typename Slots, typename G>
+METAL_FUNC void update_block(
+    const thread Slots& slots,
+    constant LaunchTensor& tensor,
+    constant int64_t* walks,
+    const thread Rule& rule,
+    float gradient_scale,
+    bool skip,
+    uint tile,
+    uint thread_index,
+    threadgroup G* stage) {
+  const Block at = block_of_tile(
+      tile - tensor.first_tile, walks + tensor.walk, tensor.dimensions);
+  const bool may_vectorize = tensor.vectorized != 0;
+  stage_block(slots.gradient, at, may_vectorize, thread_index, stage);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int vector = 0; vector < vectors_each; ++vector) {
+    float g[vector_size];
+    const Elements elements =
+        load_staged(stage, at, may_vectorize, vector, thread_index, g);
+    update_vector(slots, elements, rule, gradient_scale, skip, g);
   }
 }

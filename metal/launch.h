@@ -17,27 +17,21 @@ struct LaunchTensor {
   uint32_t vectorized;  // 1 if all its arrays are aligned to four elements
   uint32_t dimensions;  // of its gradient's walk; 0 if row-contiguous
   uint32_t walk;        // where that walk stands: the sizes, then the strides
-  uint32_t numbers;     // where its rule's numbers stand
+  uint32_t is_narrow;   // 1 if 32 bits suffice for the walk
+  uint32_t is_transposed;  // 1 if its tiles are blocks, see gradients.h
+  uint32_t numbers;        // where its rule's numbers stand
   uint32_t scalars[4];     // its entry of each scalar (csrc/graph/layout.h)
   uint32_t first_partial;  // where the sums of its tiles go (sums.metal)
 };
 
 // The first of a thread's four neighbours, as an index into the tensor. A
 // tensor may hold more than 2^32 elements.
-inline int64_t vector_start(uint32_t tile, uint32_t first_tile,
-                            uint32_t thread_index, int vector) {
+inline int64_t vector_start(
+    uint32_t tile,
+    uint32_t first_tile,
+    uint32_t thread_index,
+    int vector) {
   return int64_t(tile - first_tile) * tile_size +
          int64_t(vector) * (tile_threads * vector_size) +
          int64_t(thread_index) * vector_size;
-}
-
-// Where the element with this row-major index is, in elements.
-inline int64_t locate(int64_t index, constant int64_t* walk,
-                      uint32_t dimensions) {
-  int64_t location = 0;
-  for (int d = int(dimensions) - 1; d >= 0; --d) {
-    location += (index % walk[d]) * walk[int(dimensions) + d];
-    index /= walk[d];
-  }
-  return location;
 }

@@ -7,19 +7,27 @@
 // partial sums, always in the same order. There are no atomics, so the same
 // arrays give the same bits on every run.
 
+// a * b + c in two roundings, as on the CPU; memory is what a step waits for.
+#pragma METAL fp contract(off)
+
 #include <metal_stdlib>
 
 using namespace metal;
 
 #include "launch.h"
 #include "storage.h"
+#include "gradients.h"
 
 static constexpr constant int simd_size = 32;
 
 // The sum over the threadgroup of one value per simdgroup, in every thread of
 // the first simdgroup.
-METAL_FUNC float threadgroup_sum(float value, threadgroup float* sums,
-                                 uint simdgroups, uint simdgroup, uint lane) {
+METAL_FUNC float threadgroup_sum(
+    float value,
+    threadgroup float* sums,
+    uint simdgroups,
+    uint simdgroup,
+    uint lane) {
   if (lane == 0) {
     sums[simdgroup] = value;
   }
@@ -28,20 +36,25 @@ METAL_FUNC float threadgroup_sum(float value, threadgroup float* sums,
 }
 
 template <typename T>
-METAL_FUNC void sum_tile(const device T* in, constant LaunchTensor& tensor,
-                         constant int64_t* walks, device float* partials,
-                         threadgroup float* sums, uint tile, uint thread_index,
-                         uint simdgroups, uint simdgroup, uint lane) {
+METAL_FUNC void sum_tile(
+    const device T* in,
+    constant LaunchTensor& tensor,
+    constant int64_t* walks,
+    device float* partials,
+    threadgroup float* sums,
+    uint tile,
+    uint thread_index,
+    uint simdgroups,
+    uint simdgroup,
+    uint lane) {
   float sum = 0;
   for (int vector = 0; vector < vectors_each; ++vector) {
-    const int64_t start =
-        vector_start(tile, tensor.first_tile, thread_index, vector);
-    const int64_t rest = tensor.size - start;
-    const int count = rest < 0             ? 0
-                      : rest < vector_size ? int(rest)
-                                           : vector_size;
+    const Elements at = neighbours(
+        vector_start(tile, tensor.first_tile, thread_index, vector),
+        tensor.size,
+        tensor.vectorized != 0);
     float values[vector_size];
-    load_gradient(in, tensor, walks, start, count, values);
+    load_gradient(in, tensor, walks, at, values);
     FOR_EACH_OF_VECTOR { sum += values[i] * values[i]; }
   }
   sum = threadgroup_sum(simd_sum(sum), sums, simdgroups, simdgroup, lane);
@@ -54,9 +67,12 @@ METAL_FUNC void sum_tile(const device T* in, constant LaunchTensor& tensor,
 // first[i + 1].
 [[kernel]] void sums_and_norm(
     const device float* partials [[buffer(0)]],
-    constant uint* first [[buffer(1)]], constant uint& count [[buffer(2)]],
-    constant float& max_norm [[buffer(3)]], device float* sums [[buffer(4)]],
-    device float* norm [[buffer(5)]], device float* factor [[buffer(6)]],
+    constant uint* first [[buffer(1)]],
+    constant uint& count [[buffer(2)]],
+    constant float& max_norm [[buffer(3)]],
+    device float* sums [[buffer(4)]],
+    device float* norm [[buffer(5)]],
+    device float* factor [[buffer(6)]],
     uint thread_index [[thread_position_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],

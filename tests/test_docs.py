@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 # A program in one of these is not run.
-OTHER_LANGUAGES = {"sh", "cpp", "{include}", "{image}", "{toctree}"}
+OTHER_LANGUAGES = {"sh", "cpp", "py", "{include}", "{image}", "{toctree}"}
 
 
 class Checker(doctest.OutputChecker):

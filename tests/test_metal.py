@@ -24,9 +24,8 @@ simulated = pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 
 
 def launch_header() -> str:
-    return (
-        "#include <metal_stdlib>\nusing namespace metal;\n"
-        + (METAL / "launch.h").read_text()
+    return "#include <metal_stdlib>\nusing namespace metal;\n" + "".join(
+        (METAL / name).read_text() for name in ("launch.h", "storage.h", "gradients.h")
     )
 
 
@@ -43,7 +42,7 @@ def test_indices_beyond_32_bits() -> None:
         device int64_t* locations [[buffer(4)]],
         uint i [[thread_position_in_grid]]) {
       starts[i] = vector_start(tiles[i], 5, 255, 3);
-      locations[i] = locate(elements[i], walk, 3);
+      locations[i] = locate<int64_t>(elements[i], walk, 3);
     }
     """
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -397,6 +398,57 @@ def test_compiler_refuses_with_its_message(body: str, message: str) -> None:
         simulator.compile_kernels(kernel(OUT, body), "name")
 
 
+# Constructs that MSL before 4.0 has not, and how one says that in C++14.
+NEWER: dict[str, tuple[str, str, str]] = {
+    "structured binding": (
+        "struct P { float a, b; }; P p = {1, 2}; auto [a, b] = p; y[i] = a + b;",
+        "struct P { float a, b; }; P p = {1, 2}; y[i] = p.a + p.b;",
+        "structured binding declarations are incompatible",
+    ),
+    "initialization in if": (
+        "if (float v = y[i]; v > 1) y[i] = v - 1;",
+        "float v = y[i]; if (v > 1) y[i] = v - 1;",
+        "if initialization statements are incompatible",
+    ),
+    "designated initializer": (
+        "struct P { float a, b; }; P p = {.a = 1, .b = 2}; y[i] = p.a + p.b;",
+        "struct P { float a, b; }; P p = {1, 2}; y[i] = p.a + p.b;",
+        "designated initializers are a C[+][+]20 extension",
+    ),
+    "constexpr if": ("", "if constexpr (sizeof(float) == 4) y[i] = 1;", ""),
+    "static_assert without message": ("", "static_assert(true); y[i] = 1;", ""),
+}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_what_is_newer_than_cpp14_is_refused(name: str) -> None:
+    newer, older, message = NEWER[name]
+    simulator.compile_kernels(kernel(OUT, older), "name")
+    if newer:
+        message = rf"name\.metal:4:\d+: error: {message}.*; MSL before 4.0 is C\+\+14"
+        with pytest.raises(CompileError, match=message):
+            simulator.compile_kernels(kernel(OUT, newer), "name")
+
+
+@pytest.mark.parametrize(
+    ("newer", "older"),
+    [
+        ("inline constant float k1 = 1;", "constant float k1 = 1;"),
+        ("namespace a::b { struct C; }", "namespace a { namespace b { struct C; } }"),
+        ("template <auto n> struct D;", "template <int n> struct D;"),
+        (
+            "template <typename... T> float sum(T... t) { return (t + ...); }",
+            "template <typename A, typename B> float sum(A a, B b) { return a + b; }",
+        ),
+    ],
+    ids=["inline variable", "nested namespace", "template <auto>", "fold expression"],
+)
+def test_declarations_newer_than_cpp14_are_refused(newer: str, older: str) -> None:
+    simulator.compile_kernels(f"{older}\n{kernel(OUT, 'y[i] = 1;')}", "name")
+    with pytest.raises(CompileError, match=r"name\.metal:1:\d+: error: .*C\+\+14"):
+        simulator.compile_kernels(f"{newer}\n{kernel(OUT, 'y[i] = 1;')}", "name")
+
+
 @pytest.mark.parametrize("parameter", ["float* p", "float& p"])
 def test_pointer_without_address_space_is_a_threads(parameter: str) -> None:
     source = (
@@ -464,10 +516,88 @@ def test_counters_are_exact() -> None:
             unique_bytes_written=64 * 4,
             constant_bytes_read=64 * 4,
             accesses=64 * 5,
+            # x[i / 2] and x[i / 2 + 1] of a simdgroup lie in one line or in two.
+            line_bytes_read=128 * (2 + 2 + 2 + 1),
+            line_bytes_written=128 * 2,
+            barriers=0,
         )
     ]
     simulator.reset()
     assert simulator.counters() == []
+
+
+# What is written to y is read from x, with a factor of 128-byte lines to bytes.
+LINES: dict[str, tuple[str, str, int, int]] = {
+    "neighbours": ("float", "y[i] = x[i];", 1, 1),
+    "every second element": ("float", "y[i] = x[2 * i % 2048];", 2, 1),
+    "transposed": ("float", "y[i] = x[i % 32 * 64 + i / 32];", 32, 1),
+    "transposed, written": ("float", "y[i % 32 * 64 + i / 32] = x[i];", 1, 32),
+    "vectors": ("float4", "y[i] = x[i];", 1, 1),
+    "half": ("half", "y[i] = x[i];", 2, 2),
+    "vectors of half": ("half4", "y[i] = x[i];", 1, 1),
+    "one thread, four neighbours": (
+        "float",
+        "if (i < 512) for (uint j = 4 * i; j < 4 * i + 4; ++j) y[j] = x[j];",
+        4,
+        4,
+    ),
+    "structs copied": (
+        "float4",
+        "struct S { float v[4]; }; ((device S*)y)[i] = ((const device S*)x)[i];",
+        1,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", LINES)
+def test_cache_lines_are_counted_per_instruction_of_a_simdgroup(
+    name: str, seed: int
+) -> None:
+    msl, body, read, written = LINES[name]
+    dtype = np.float16 if msl.startswith("half") else np.float32
+    x = np.zeros((2048, 4 if msl.endswith("4") else 1), dtype)
+    y = np.zeros_like(x)
+    source = kernel(
+        f"device {msl}* y [[buffer(0)]], const device {msl}* x [[buffer(1)]]", body
+    )
+    launch = simulator.run(source, "k", [Out(y), x], grid=2048, group=256, seed=seed)
+    assert (launch.bytes_read, launch.bytes_written) == (x.nbytes, y.nbytes)
+    lines = (launch.line_bytes_read, launch.line_bytes_written)
+    assert lines == (read * x.nbytes, written * y.nbytes)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_threads_that_return_early_touch_no_line(seed: int) -> None:
+    # Of each simdgroup, 20 threads go on; a line of the grid's second half is not
+    # touched at all.
+    body = "if (i % 32 >= 20 || i >= 128) return;\ny[i] = 2 * y[i];"
+    launch = simulator.run(
+        kernel(OUT, body), "k", [Out(floats(256))], grid=256, group=64, seed=seed
+    )
+    assert launch.bytes_read == 4 * 20 * 4
+    assert (launch.line_bytes_read, launch.line_bytes_written) == (4 * 128, 4 * 128)
+
+
+def test_lines_are_those_of_the_arrays_own_memory() -> None:
+    # From byte 4 on each simdgroup reads the end of one line and most of the next.
+    memory, y = floats(65), floats(64)
+    source = kernel(IN_OUT, "y[i] = x[i];")
+    launch = simulator.run(source, "k", [Out(y), memory[1:]], grid=64, group=64)
+    assert (launch.line_bytes_read, launch.line_bytes_written) == (4 * 128, 2 * 128)
+
+
+def test_rounds_of_a_loop_are_instructions_of_their_own() -> None:
+    # All rounds read the same two lines, and each counts them.
+    body = "float s = 0; for (uint j = 0; j < 5; ++j) s += y[(i + j) % 64]; x[i] = s;"
+    source = kernel(
+        "const device float* y [[buffer(0)]], device float* x [[buffer(1)]]", body
+    )
+    x, y = floats(64), floats(64)
+    launch = simulator.run(source, "k", [x, Out(y)], grid=64, group=64)
+    # Round 0 touches a line a simdgroup, the other four touch both lines.
+    assert launch.line_bytes_read == 128 * 2 * (1 + 4 * 2)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -508,6 +638,125 @@ def test_positions_and_uneven_threadgroups(seed: int) -> None:
         expected = [*p, *g, *local, *size, 2, 2, 2, *grid]
         expected += [index, index // 32, index % 32, 32, simdgroups]
         assert out[z, y, x].tolist() == expected
+
+
+# ---- the arithmetic that a GPU may do ---------------------------------------
+
+
+def both_ways(
+    source: str, x: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """What a kernel makes of x with the CPU's arithmetic, and with the unkind one."""
+    kind, unkind = np.zeros_like(x), np.zeros_like(x)
+    simulator.run(source, "k", [Out(kind), x], grid=x.size, group=x.size)
+    with simulator.unkind():
+        simulator.run(source, "k", [Out(unkind), x], grid=x.size, group=x.size)
+    return kind, unkind
+
+
+OFF = "#pragma METAL fp contract(off)\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y[i] = x[i] * x[i] - (1 + 0x1p-11f);",
+        "float s = x[i] * x[i];\nfloat t = s - (1 + 0x1p-11f);\ny[i] = t;",
+    ],
+    ids=["one statement", "two statements"],
+)
+def test_unkind_contracts_unless_the_source_forbids_it(body: str) -> None:
+    x = np.full(1, 1 + 2.0**-12, np.float32)  # its square needs a bit too many
+    for source, contracted in (
+        (kernel(IN_OUT, body), True),
+        (OFF + kernel(IN_OUT, body), False),
+        (kernel(IN_OUT, OFF + body), False),
+    ):
+        kind, unkind = both_ways(source, x)
+        assert (kind[0], unkind[0]) == (0, 2.0**-24 if contracted else 0)
+
+
+def test_a_pragma_cannot_bring_contraction_back_where_it_is_off() -> None:
+    source = "#pragma METAL fp contract(fast)\n" + kernel(
+        IN_OUT, "y[i] = x[i] * x[i] - (1 + 0x1p-11f);"
+    )
+    kind, unkind = both_ways(source, np.full(1, 1 + 2.0**-12, np.float32))
+    assert (kind[0], unkind[0]) == (0, 2.0**-24)
+
+
+# Calls, and what numpy makes of them in float64.
+FAST: dict[str, Callable[[Any], Any]] = {
+    "pow(x[i], 3.7f)": lambda x: x ** np.float64(np.float32(3.7)),
+    "powr(x[i], 3.7f)": lambda x: x ** np.float64(np.float32(3.7)),
+    "exp(x[i])": np.exp,
+    "exp2(x[i])": np.exp2,
+    "log(x[i])": np.log,
+    "log2(x[i])": np.log2,
+    "sqrt(x[i])": np.sqrt,
+    "rsqrt(x[i])": lambda x: 1 / np.sqrt(x),
+    "tanh(x[i])": np.tanh,
+    "divide(x[i], 3.0f)": lambda x: x / 3,
+}
+
+
+@pytest.mark.parametrize("call", FAST)
+def test_unkind_makes_errors_in_fast_functions_only(call: str) -> None:
+    x = np.linspace(1.5, 9, 256, dtype=np.float32)
+    exact = FAST[call](x.astype(np.float64))
+    for namespace, wrong in (("metal", True), ("fast", True), ("precise", False)):
+        source = kernel(IN_OUT, f"y[i] = {namespace}::{call};")
+        kind, unkind = both_ways(source, x)
+        assert np.abs(kind / exact - 1).max() <= 2.0**-23
+        assert np.array_equal(kind, unkind) is not wrong
+        if wrong:
+            # The error put in, and what pow's logarithm and exponential add to it.
+            error = unkind / exact - 1
+            assert np.abs(np.mean(error) - 2.0**-22) < 2.0**-25
+            assert np.abs(error).max() < (2.0**-19 if "pow" in call else 2.0**-21)
+
+
+def test_unkind_pow_does_not_know_what_the_precise_one_knows() -> None:
+    x = np.array([-2, 0], np.float32)
+    kind, unkind = both_ways(kernel(IN_OUT, "y[i] = pow(x[i], 2 - 2 * i);"), x)
+    assert kind.tolist() == [4, 1]
+    assert np.isnan(unkind).all()
+
+
+def test_unkind_flushes_subnormal_operands_and_results() -> None:
+    x = np.array([1e-40, 2.0**-100, 2.0**-126], np.float32)
+    kind, unkind = both_ways(
+        kernel(IN_OUT, "y[i] = i == 1 ? x[i] * 0x1p-40f : x[i] * 2;"), x
+    )
+    assert kind.tolist() == [2 * x[0], 2.0**-140, 2.0**-125]
+    assert unkind.tolist() == [0, 0, 2.0**-125]
+    # That ends with the launch.
+    assert np.float32(2.0**-100) * np.float32(2.0**-40) == 2.0**-140
+
+
+def test_unkind_flushes_after_a_barrier_too() -> None:
+    body = f"threadgroup float s[64]; s[i] = x[i]; {BARRIER} y[i] = s[63 - i] * 2;"
+    x = np.full(64, 1e-40, np.float32)
+    kind, unkind = both_ways(kernel(IN_OUT, body), x)
+    assert kind.tolist() == (2 * x).tolist()
+    assert unkind.tolist() == [0] * 64
+
+
+def test_unkind_converts_subnormal_halves() -> None:
+    x = np.arange(1024, dtype=np.uint16).view(np.float16)
+    source = kernel(
+        "device half* y [[buffer(0)]], const device half* x [[buffer(1)]]",
+        "y[i] = half(float(x[i]) * 1.0f);",
+    )
+    for result in both_ways(source, x):
+        assert np.array_equal(result.view(np.uint16), x.view(np.uint16))
+
+
+def test_unkind_leaves_other_results_alone() -> None:
+    rng = np.random.default_rng(9)
+    x = rng.normal(size=512).astype(np.float32)
+    body = "y[i] = precise::sqrt(fabs(x[i])) / (x[i] + 1) + simd_sum(x[i]);"
+    kind, unkind = both_ways(OFF + kernel(IN_OUT, body), x)
+    assert np.array_equal(kind, unkind)
 
 
 # ---- kernels that MLX ships -------------------------------------------------
@@ -699,3 +948,176 @@ def test_host_code_gets_errors_in_eval_and_goes_on(example: Any) -> None:
     with pytest.raises(ValueError, match="a grid or threadgroup of size zero"):
         mx.eval(example.shift(x, 1.0, 0))
     assert example.shift(x, 1.0, 64).tolist() == [i + 1.0 for i in range(64)]
+
+
+def test_host_code_may_be_unkind_with_pipelines_that_it_keeps(example: Any) -> None:
+    x = mx.full((64,), 1e-40)
+    mx.eval(x)
+    assert example.shift(x, 0.0, 64).tolist() == x.tolist()
+    with simulator.unkind():
+        flushed = example.shift(x, 0.0, 64)
+        mx.eval(flushed)
+    assert flushed.tolist() == [0] * 64
+    assert example.shift(x, 0.0, 64).tolist() == x.tolist()
+    assert simulator.take_errors() == []
+
+
+@pytest.fixture
+def natural_order() -> Iterator[None]:
+    yield
+    simulator.set_seed(0)
+
+
+def run_program(example: Any, steps: str, kept: str = "", seed: int = 0) -> list[float]:
+    """The output of a program (see example.cpp) on 64 zeros."""
+    simulator.reset()
+    simulator.set_seed(seed)
+    x = mx.zeros((64,))
+    mx.eval(x)
+    y = example.program(x, steps, kept)
+    mx.eval(y)
+    values: list[float] = y.tolist()
+    return values
+
+
+def test_arrays_must_live_until_their_launches_run(
+    example: Any, natural_order: None
+) -> None:
+    assert run_program(example, "x>t t>y", kept="t") == [2] * 64
+    with pytest.raises(
+        RuntimeError,
+        match="kernel shift_float: the array of buffer 1 is gone when the launch runs",
+    ):
+        run_program(example, "x>t t>y")
+    assert len(simulator.take_errors()) >= 1
+    assert run_program(example, "x>t t>u u>y", kept="tu") == [3] * 64
+    simulator.take_errors()
+
+
+# Steps, how many barriers MLX places, and what 64 zeros become.
+PROGRAMS: dict[str, tuple[str, int, float]] = {
+    "independent": ("x>t x>y", 0, 1),
+    "a read after a write": ("x>t t>y", 1, 2),
+    "a write after a read": ("x>t t>y x>t", 2, 2),
+    "a write after a write": ("x>y x>y", 1, 1),
+    "two reads": ("x>t t>u t>y", 1, 2),
+    "a chain": ("x>t t>u u>y", 2, 3),
+    "halves of one buffer": ("x>y/0 x>y/1", 1, 1),
+    "halves, concurrent": ("( x>y/0 x>y/1 )", 0, 1),
+    "halves, concurrent, then read": ("( x>t/0 x>t/1 ) t>y", 1, 2),
+    "a read in a concurrent part of what came before": ("x>t ( t>y/0 t>y/1 )", 1, 2),
+    "a barrier of one's own": ("( x>t | t>y )", 1, 2),
+    # MLX does not know what a barrier of one's own has made unnecessary.
+    "a write after a read, with a barrier": ("x>t t>u | ( x>t u>y )", 3, 3),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_barriers_are_where_mlx_places_them(
+    example: Any, name: str, natural_order: None
+) -> None:
+    steps, barriers, value = PROGRAMS[name]
+    for seed in range(6):
+        assert run_program(example, steps, kept="tu", seed=seed) == [value] * 64
+        assert simulator.barriers() == barriers
+        launches = simulator.counters()
+        assert [launch.barriers for launch in launches] == sorted(
+            launch.barriers for launch in launches
+        )
+    assert simulator.take_errors() == []
+
+
+# Steps in which a barrier is missing, and what the simulator says of the bytes.
+RACES = {
+    "a read after a write": ("( x>t t>y )", "0 is read at byte 0, .* has written"),
+    "a write after a write": ("( x>y x>y )", "1 is written at byte 0, .* has written"),
+    "a write after a read in the concurrent part": (
+        "x>t ( t>y x>t )",
+        "1 is written at byte 0, .* has read",
+    ),
+    "a write after a read that came before": (
+        "x>t t>u ( x>t ) u>y",
+        "1 is written at byte 0, .* has read",
+    ),
+    "halves that overlap": (
+        "( x>y/1 x>y )",
+        "1 is written at byte 128, .* has written",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_missing_barrier_is_reported_in_any_order(
+    example: Any, name: str, natural_order: None
+) -> None:
+    steps, message = RACES[name]
+    message = f"kernel shift_float: buffer {message}, with no barrier between the"
+    with pytest.raises(RuntimeError, match=message):
+        run_program(example, steps, kept="tu")
+    for seed in range(1, 6):
+        with pytest.raises(RuntimeError, match="with no barrier between the launches"):
+            run_program(example, steps, kept="tu", seed=seed)
+    simulator.take_errors()
+
+
+def test_seeds_change_the_order_of_launches_between_barriers(
+    example: Any, natural_order: None
+) -> None:
+    # The first three launches move 256, 128 and 128 bytes each way.
+    x = mx.zeros((64,))
+    orders = set()
+    for seed in range(8):
+        simulator.reset()
+        simulator.set_seed(seed)
+        mx.eval(example.program(x, "( x>t x>u/0 x>y/1 ) t>y/0", "tu"))
+        launches = simulator.counters()
+        assert launches[-1].barriers == 1
+        orders.add(tuple(launch.bytes_read for launch in launches))
+    assert (256, 128, 128, 128) in orders
+    assert (128, 256, 128, 128) in orders
+    assert (128, 128, 256, 128) in orders
+    assert simulator.take_errors() == []
+
+
+def test_reset_ends_what_is_encoded(example: Any) -> None:
+    x = mx.zeros((64,))
+    mx.eval(x)
+    for reset, barriers in ((False, 1), (True, 0)):
+        simulator.reset()
+        y = example.program(x, "x>y", "")
+        mx.eval(y)
+        if reset:
+            simulator.reset()
+        mx.eval(example.program(y, "x>y", ""))
+        assert simulator.barriers() == barriers
+    assert simulator.take_errors() == []
+
+
+@pytest.mark.parametrize("limit", [256, 512, 896])
+def test_other_limits_of_threads_in_a_threadgroup(limit: int) -> None:
+    source = kernel(OUT, "y[i] *= 2;")
+    y = floats(1024)
+    with simulator.max_threads(limit):
+        simulator.run(source, "k", [Out(y)], grid=1024, group=limit)
+        message = f"{limit + 1} threads in a threadgroup; Metal allows {limit}"
+        with pytest.raises(MetalError, match=message):
+            simulator.run(source, "k", [Out(y)], grid=1024, group=limit + 1)
+    assert y.tolist() == (2 * floats(1024)).tolist()
+    simulator.run(source, "k", [Out(y)], grid=1024, group=1024)
+
+
+@pytest.mark.parametrize("limit", [0, 31, 1025])
+def test_limits_that_no_gpu_has_are_refused(limit: int) -> None:
+    with pytest.raises(MetalError, match=f"max_threads is {limit}"):
+        simulator.set_max_threads(limit)
+
+
+def test_host_code_is_told_the_limit(example: Any) -> None:
+    # A threadgroup of 64 threads is what the example takes where it may.
+    x = mx.zeros((128,))
+    mx.eval(x)
+    with simulator.max_threads(32):
+        assert example.shift(x, 1.0, 128).tolist() == [1] * 128
+    simulator.reset()
+    assert example.shift(x, 1.0, 128).tolist() == [1] * 128
+    assert simulator.take_errors() == []

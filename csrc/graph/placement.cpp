@@ -12,6 +12,7 @@
 
 #include "mlx/allocator.h"
 #include "mlx/utils.h"
+#include "strides.h"
 
 namespace mlx_fused {
 
@@ -26,9 +27,16 @@ constexpr size_t worth_waiting = 1 << 16;
 
 std::atomic<size_t> copied = 0;
 
-bool can_donate(const mx::array& in, const mx::array& out) {
-  return in.flags().row_contiguous && in.is_donatable() &&
-         in.buffer_size() <= out.nbytes() + donation_slack;
+// An update that does the same to all elements, in whatever order, keeps the
+// order that they have in memory.
+bool keeps_order(const mx::array& in, const GroupLayout& layout) {
+  return layout.slots() == 1 && is_dense(in);
+}
+
+bool can_donate(const mx::array& in, const mx::array& out,
+                const GroupLayout& layout) {
+  return (in.flags().row_contiguous || keeps_order(in, layout)) &&
+         in.is_donatable() && in.buffer_size() <= out.nbytes() + donation_slack;
 }
 
 }  // namespace
@@ -62,11 +70,16 @@ Placement::Placement(const Arrays& inputs, Arrays& outputs,
   }
   try {
     for (size_t i = 0; i < outputs.size(); ++i) {
-      if (can_donate(*sources[i], outputs[i])) {
-        outputs[i].copy_shared_buffer(*sources[i]);
+      auto& out = outputs[i];
+      const auto& in = *sources[i];
+      if (can_donate(in, out, layout)) {
+        out.copy_shared_buffer(in);
         in_place_ |= 1u << i;
-      } else {
-        allocate(outputs[i]);
+        continue;
+      }
+      allocate(out);
+      if (keeps_order(in, layout)) {
+        out.copy_shared_buffer(out, in.strides(), in.flags(), in.data_size());
       }
     }
   } catch (...) {

@@ -1,6 +1,8 @@
 // eval_gpu: pipelines, buffers, launches.
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -49,10 +51,11 @@ Pipeline build(mx::Stream stream, const std::string& name,
 
 // The same of an update, found again without its name.
 Pipeline pipeline(mx::Stream stream, const UpdateKernel& kernel) {
-  using Key = std::tuple<int, std::vector<mx::Dtype::Val>, bool>;
+  using Key = std::tuple<int, std::vector<mx::Dtype::Val>, bool, bool>;
   static std::mutex mutex;
   static std::map<Key, Pipeline> built;
-  Key key{kernel.rule->index, {}, kernel.separate_states};
+  Key key{
+      kernel.rule->index, {}, kernel.separate_states, kernel.stages_gradient};
   for (const auto dtype : kernel.dtypes) {
     std::get<1>(key).push_back(dtype.val());
   }
@@ -73,27 +76,78 @@ Pipeline copy_pipeline(mx::Stream stream, mx::Dtype dtype) {
   });
 }
 
+size_t divided_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// Rows and columns of a block, as in metal/gradients.h.
+constexpr int64_t block = 64;
+// Matrices with fewer rows or columns are not worth a block.
+constexpr int64_t worth_staging = 16;
+
+// How a launch reads an array: each element by its row-major index; in blocks
+// where it is transposed; or in whatever order its memory has.
+enum class Reading { by_index, staged, any_order };
+
 // The constant arguments that describe a launch's tensors.
 class Launch {
  public:
-  // False if there is no room left to describe the gradient's strides.
-  bool add(const mx::array& gradient, LaunchTensor tensor) {
+  // False if there is no room left to describe the gradient's strides. Columns
+  // of a gradient that may be staged are read as vectors with those of the
+  // other arrays, or none are.
+  bool add(const mx::array& gradient, LaunchTensor tensor, Reading reading) {
+    const size_t walk_start = walks_.size();
+    const auto append = [&](const std::vector<int64_t>& entries) {
+      walks_.insert(walks_.end(), entries.begin(), entries.end());
+    };
     tensor.size = static_cast<int64_t>(gradient.size());
     tensor.first_tile = tiles_;
-    tensor.walk = walks_.size();
-    if (!gradient.flags().row_contiguous) {
+    tensor.walk = walk_start;
+    size_t tiles = divided_up(gradient.size(), tile_size);
+    if (!gradient.flags().row_contiguous &&
+        !(reading == Reading::any_order && is_dense(gradient))) {
       const auto walk = collapse(gradient);
-      if (walks_.size() + 2 * walk.shape.size() > max_walk_entries) {
+      const auto t = reading == Reading::staged
+                         ? as_transposed(walk, worth_staging)
+                         : std::nullopt;
+      if (t) {
+        tensor.is_transposed = 1;
+        tensor.dimensions = t->matrices.shape.size();
+        append({t->rows, t->columns, t->row_stride, t->column_stride});
+        append(t->matrices.shape);
+        append(t->matrices.strides);
+        append(t->matrix_strides);
+        for (size_t i = walk_start; i < walks_.size(); ++i) {
+          // Sizes count rows and columns, not elements, but where they are no
+          // multiple of a vector, neither are the strides that count.
+          const bool is_size =
+              i == walk_start ||
+              (i >= walk_start + 4 && i < walk_start + 4 + tensor.dimensions);
+          tensor.vectorized &= is_size || walks_[i] % vector_size == 0;
+        }
+        tiles = t->count() * divided_up(t->rows, block) *
+                divided_up(t->columns, block);
+      } else {
+        tensor.dimensions = walk.shape.size();
+        append(walk.shape);
+        append(walk.strides);
+        int64_t reach = 0;
+        for (size_t d = 0; d < walk.shape.size(); ++d) {
+          reach += (walk.shape[d] - 1) * std::abs(walk.strides[d]);
+        }
+        constexpr int64_t most = std::numeric_limits<int32_t>::max() - 4;
+        tensor.is_narrow = reach < most && tensor.size < most;
+      }
+      if (walks_.size() > max_walk_entries) {
+        walks_.resize(walk_start);
         return false;
       }
-      tensor.dimensions = walk.shape.size();
-      walks_.insert(walks_.end(), walk.shape.begin(), walk.shape.end());
-      walks_.insert(walks_.end(), walk.strides.begin(), walk.strides.end());
     }
-    tiles_ += (gradient.size() + tile_size - 1) / tile_size;
+    tiles_ += tiles;
+    stages_gradient_ |= tensor.is_transposed;
     tensors_.push_back(tensor);
     return true;
   }
+
+  bool stages_gradient() const { return stages_gradient_; }
 
   void dispatch(mx::metal::CommandEncoder& encoder, int tensors, int walks) {
     LaunchTensor end{};
@@ -109,6 +163,7 @@ class Launch {
   std::vector<LaunchTensor> tensors_;
   std::vector<int64_t> walks_;
   uint32_t tiles_ = 0;
+  bool stages_gradient_ = false;
 };
 
 // Buffers start at a multiple of 16 bytes; views of them may not.
@@ -136,15 +191,16 @@ void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
 
 // The gradient itself, or a contiguous copy if its strides do not fit.
 mx::array add_gradient(Launch& launch, const mx::array& gradient,
-                       const LaunchTensor& tensor, mx::Stream stream) {
-  if (launch.add(gradient, tensor)) {
+                       const LaunchTensor& tensor, Reading reading,
+                       mx::Stream stream) {
+  if (launch.add(gradient, tensor, reading)) {
     return gradient;
   }
   mx::array copied(gradient.shape(), gradient.dtype(), nullptr, {});
   allocate(copied);
   copy_array(gradient, copied, stream);
   mx::metal::get_command_encoder(stream).add_temporary(copied);
-  launch.add(copied, tensor);
+  launch.add(copied, tensor, reading);
   return copied;
 }
 
@@ -156,7 +212,7 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   }
   const auto& layout = update_.layout;
   const auto& rule = *layout.rule;
-  UpdateKernel kernel{&rule, {}, false};
+  UpdateKernel kernel{&rule, {}};
   for (int slot = 0; slot < layout.slots(); ++slot) {
     kernel.dtypes.push_back(inputs[layout.input(0, slot)].dtype());
   }
@@ -226,9 +282,12 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
       for (int kind = 0; kind < scalar_count; ++kind) {
         description.scalars[kind] = strides[kind] * entry.scalar;
       }
-      gradients.push_back(add_gradient(launch, sources[layout.gradient(tensor)],
-                                       description, stream()));
+      gradients.push_back(add_gradient(
+          launch, sources[layout.gradient(tensor)], description,
+          layout.slots() == 1 ? Reading::any_order : Reading::staged,
+          stream()));
     }
+    kernel.stages_gradient = launch.stages_gradient();
     encoder.set_compute_pipeline_state(pipeline(stream(), kernel));
     for (size_t place = 0, index = 0; place < places; ++place) {
       // Places left over are bound to the first tensor and never read.
@@ -291,25 +350,38 @@ void SumsOfSquares::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   encoder.add_temporary(partials);
   encoder.add_temporary(firsts);
 
+  // The launches of the first stage write to different places: no barrier
+  // between them. Copies come before all of them.
+  struct FirstStage {
+    Pipeline kernel;
+    Launch launch;
+    Arrays group;
+  };
+  std::vector<FirstStage> stage;
   for (const auto& [val, indices] : by_dtype) {
     const auto dtype = inputs[indices[0]].dtype();
     auto* kernel = build(s, sums_kernel_name(dtype),
                          [&] { return sums_kernel_source(dtype); });
     for (size_t start = 0; start < indices.size(); start += max_sums_group) {
-      const size_t tensors =
-          std::min<size_t>(max_sums_group, indices.size() - start);
-      Launch launch;
-      Arrays group;
-      for (size_t i = start; i < start + tensors; ++i) {
+      auto& [_, launch, group] = stage.emplace_back();
+      stage.back().kernel = kernel;
+      const size_t end = std::min(indices.size(), start + max_sums_group);
+      for (size_t i = start; i < end; ++i) {
         const auto& in = inputs[indices[i]];
         LaunchTensor description{};
         description.vectorized = is_vectorizable(in);
         description.first_partial = first[indices[i]];
-        group.push_back(add_gradient(launch, in, description, s));
+        group.push_back(
+            add_gradient(launch, in, description, Reading::any_order, s));
       }
+    }
+  }
+  {
+    const auto concurrent = encoder.start_concurrent();
+    for (auto& [kernel, launch, group] : stage) {
       encoder.set_compute_pipeline_state(kernel);
       for (size_t place = 0; place < max_sums_group; ++place) {
-        encoder.set_input_array(group[place < tensors ? place : 0], place);
+        encoder.set_input_array(group[place < group.size() ? place : 0], place);
       }
       encoder.set_output_array(partials, partials_buffer);
       launch.dispatch(encoder, sums_tensors, sums_walks);

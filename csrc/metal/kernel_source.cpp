@@ -59,7 +59,8 @@ std::string UpdateKernel::name() const {
   for (const auto dtype : dtypes) {
     name += "_" + metal_type(dtype);
   }
-  return name + (separate_states ? "_separate" : "");
+  return name + (separate_states ? "_separate" : "") +
+         (stages_gradient ? "_staged" : "");
 }
 
 std::string UpdateKernel::source() const {
@@ -75,10 +76,9 @@ std::string UpdateKernel::source() const {
     }
     if (rule->slots[slot].role == Role::state) {
       const auto values = ", s[" + name.substr(5) + "]";
-      loads += "  load_vector(slots." + name + ", start, count, vectorized" +
-               values + ");\n";
-      stores += "  store_vector(" + values.substr(2) +
-                ", start, count, vectorized, slots.new_" + name + ");\n";
+      loads += "  load_vector(slots." + name + ", at" + values + ");\n";
+      stores += "  store_vector(" + values.substr(2) + ", at, slots.new_" +
+                name + ");\n";
     }
   }
   for (int tensor = 0, index = 0; tensor < tensors_per_launch(); ++tensor) {
@@ -124,23 +124,30 @@ std::string UpdateKernel::source() const {
   buffers += buffer("constant float*", "numbers", numbers_buffer) +
              buffer("constant LaunchTensor*", "tensors", tensors_buffer) +
              buffer("constant int64_t*", "walks", walks_buffer);
-  const auto vector_arguments = "int64_t start, int count, bool vectorized";
+  const auto values = " float (&s)[" + states + "][vector_size]";
+  const std::string common = "(slots, tensors[i], walks, rule, " +
+                             scale_and_skip + ", tile, thread_index";
+  const auto gradient = metal_type(dtypes.back());
   return fused_update_source + "\nstruct Slots {\n" + fields +
-         "};\n\nMETAL_FUNC void load_states(const thread Slots& slots, " +
-         vector_arguments + ", thread float (&s)[" + states +
-         "][vector_size]) {\n" + loads +
-         "}\n\nMETAL_FUNC void store_states(const thread float (&s)[" + states +
-         "][vector_size], " + vector_arguments +
-         ", const thread Slots& slots) {\n" + stores + "}\n\n[[kernel]] void " +
-         name() + "(\n" + buffers +
+         "};\n\nMETAL_FUNC void load_states(const thread Slots& slots, "
+         "const thread Elements& at, thread" +
+         values + ") {\n" + loads +
+         "}\n\nMETAL_FUNC void store_states(const thread" + values +
+         ", const thread Elements& at, const thread Slots& slots) {\n" +
+         stores + "}\n\n[[kernel]] void " + name() + "(\n" + buffers +
          "    uint tile [[threadgroup_position_in_grid]],\n"
          "    uint thread_index [[thread_position_in_threadgroup]]) {\n"
          "  const uint i = tensor_of_tile(tile, tensors);\n"
          "  Slots slots;\n" +
          choice + "\n  " + rule->name + "<float> rule;\n" +
          "  set_numbers(rule, numbers + tensors[i].numbers);\n  " + prepare +
-         "  update_tile(slots, tensors[i], walks, rule, " + scale_and_skip +
-         ", tile, thread_index);\n}\n";
+         (stages_gradient ? "  threadgroup " + gradient +
+                                " stage[block * block_pitch];\n"
+                                "  if (tensors[i].is_transposed != 0) {\n"
+                                "    update_block" +
+                                common + ", stage);\n    return;\n  }\n"
+                          : "") +
+         "  update_tile" + common + ");\n}\n";
 }
 
 std::string sums_kernel_name(mx::Dtype dtype) {

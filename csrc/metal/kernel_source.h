@@ -28,7 +28,9 @@ struct UpdateKernel {
   std::vector<mx::Dtype> dtypes;
   // Whether states are read and written through pointers of their own, because
   // work under way still holds the old ones. Otherwise they are in place.
-  bool separate_states;
+  bool separate_states = false;
+  // Whether some gradient is transposed, and goes through threadgroup memory.
+  bool stages_gradient = false;
 
   // Whether a slot takes two buffers, the first to read and the second to
   // write. The parameter always does: it is held most often.

@@ -13,7 +13,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,15 +30,20 @@ __all__ = [
     "Launch",
     "MetalError",
     "Out",
+    "barriers",
     "compile_kernels",
     "counters",
     "library",
     "library_path",
     "macos_wheels",
+    "max_threads",
     "reset",
     "run",
+    "set_max_threads",
     "set_seed",
+    "set_unkind",
     "take_errors",
+    "unkind",
 ]
 
 
@@ -54,7 +60,12 @@ class Out:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch did. Bytes count every access, unique bytes each address once."""
+    """What a launch did.
+
+    Bytes count every access, unique bytes each address once. Line bytes count whole
+    cache lines of 128 bytes, and each line once for every instruction of a simdgroup
+    that touches it.
+    """
 
     kernel: str
     bytes_read: int  # through `device` pointers
@@ -63,6 +74,9 @@ class Launch:
     unique_bytes_written: int
     constant_bytes_read: int
     accesses: int
+    line_bytes_read: int  # through `device` pointers
+    line_bytes_written: int
+    barriers: int  # of host code, before it since the last reset
 
 
 def library_path() -> Path:
@@ -89,7 +103,12 @@ def library() -> ctypes.CDLL:
         ("set_threadgroup_memory", ctypes.c_bool, [size, ctypes.c_int]),
         ("dispatch", ctypes.c_bool, [pointer, pointer, ctypes.c_uint64]),
         ("set_seed", None, [ctypes.c_uint64]),
+        ("max_threads", size, []),
+        ("set_max_threads", ctypes.c_bool, [size]),
+        ("is_unkind", ctypes.c_bool, []),
+        ("set_unkind", None, [ctypes.c_bool]),
         ("record", text, [size, pointer]),
+        ("barriers", ctypes.c_uint64, []),
         ("clear_records", None, []),
         ("take_errors", text, []),
     ):
@@ -142,7 +161,7 @@ def run(
         MetalError: what is wrong, with kernel, buffer, thread and line.
     """
     simulator = library()
-    path = compile_kernels(source, name, include)
+    path = compile_kernels(source, name, include, simulator.metal_simulator_is_unkind())
     _check(simulator.metal_simulator_set_kernel(_kernels(path), kernel.encode()))
     for position, entry in enumerate(buffers):
         index, buffer = entry if isinstance(entry, tuple) else (position, entry)
@@ -175,15 +194,27 @@ def _size(size: int | tuple[int, ...]) -> ctypes.Array[ctypes.c_uint64]:
 def counters() -> list[Launch]:
     """All launches that succeeded since the last `reset`, in order."""
     launches: list[Launch] = []
-    numbers = (ctypes.c_uint64 * 6)()
+    numbers = (ctypes.c_uint64 * 9)()
     while kernel := library().metal_simulator_record(len(launches), numbers):
         launches.append(Launch(kernel.decode(), *numbers))
     return launches
 
 
 def reset() -> None:
-    """Forgets the launches."""
+    """Forgets the launches and barriers.
+
+    What is encoded from now on has no launch before it to wait for, as in MLX at the
+    beginning of each ``mx.eval``.
+    """
     library().metal_simulator_clear_records()
+
+
+def barriers() -> int:
+    """Barriers between launches of host code since the last `reset`.
+
+    They are where MLX would place them, were there no operations of its own between.
+    """
+    return int(library().metal_simulator_barriers())
 
 
 def take_errors() -> list[str]:
@@ -199,3 +230,46 @@ def set_seed(seed: int) -> None:
     """The order of threads in launches of host code; the default is the
     environment's MLX_FUSED_SIMULATOR_SEED, or 0, the natural one."""
     library().metal_simulator_set_seed(seed)
+
+
+def set_unkind(value: bool) -> None:
+    """Whether launches from now on do the arithmetic that a GPU may do.
+
+    Products and sums are contracted to fused multiply-adds where the source has no
+    ``#pragma METAL fp contract(off)``; functions with a fast form (``pow``, ``exp``,
+    ``log``, ``sqrt``...) are off by a relative error of 2^-22 unless they are called
+    as ``precise::``; subnormal numbers are flushed to zero. The default is the
+    environment's MLX_FUSED_SIMULATOR_UNKIND.
+    """
+    library().metal_simulator_set_unkind(value)
+
+
+@contextmanager
+def unkind() -> Iterator[None]:
+    """`set_unkind` for a block, also for the host code that is encoded in it."""
+    before = library().metal_simulator_is_unkind()
+    set_unkind(True)
+    try:
+        yield
+    finally:
+        set_unkind(before)
+
+
+def set_max_threads(threads: int) -> None:
+    """How many threads a threadgroup may have: 1,024 by default, at least 32.
+
+    A GPU allows fewer where a kernel needs many registers. It is what
+    ``maxTotalThreadsPerThreadgroup`` says to host code; more are refused.
+    """
+    _check(library().metal_simulator_set_max_threads(threads))
+
+
+@contextmanager
+def max_threads(threads: int) -> Iterator[None]:
+    """`set_max_threads` for a block."""
+    before = library().metal_simulator_max_threads()
+    set_max_threads(threads)
+    try:
+        yield
+    finally:
+        set_max_threads(before)

@@ -42,7 +42,8 @@ bool metal_simulator_set_kernel(simulator::Library* library, const char* name) {
 bool metal_simulator_bind(int index, char* data, size_t bytes, size_t offset,
                           bool writable) {
   return guarded([&] {
-    encoder.bind(index, {nullptr, data, 0, bytes, offset, writable});
+    encoder.bind(index,
+                 {nullptr, std::nullopt, data, 0, bytes, offset, writable});
   });
 }
 
@@ -65,6 +66,16 @@ bool metal_simulator_dispatch(const uint64_t* grid, const uint64_t* group,
   });
 }
 
+size_t metal_simulator_max_threads() { return simulator::max_threads(); }
+
+bool metal_simulator_set_max_threads(size_t threads) {
+  return guarded([&] { simulator::set_max_threads(threads); });
+}
+
+bool metal_simulator_is_unkind() { return simulator::is_unkind(); }
+
+void metal_simulator_set_unkind(bool unkind) { simulator::set_unkind(unkind); }
+
 void metal_simulator_set_seed(uint64_t seed) { simulator::set_seed(seed); }
 
 // Copies the numbers of launch n to `numbers`, in the order of Record, and
@@ -76,9 +87,10 @@ const char* metal_simulator_record(size_t n, uint64_t* numbers) {
     return nullptr;
   }
   const auto& r = records[n];
-  const uint64_t all[] = {r.bytes_read,          r.bytes_written,
-                          r.unique_bytes_read,   r.unique_bytes_written,
-                          r.constant_bytes_read, r.accesses};
+  const uint64_t all[] = {
+      r.bytes_read,           r.bytes_written,       r.unique_bytes_read,
+      r.unique_bytes_written, r.constant_bytes_read, r.accesses,
+      r.line_bytes_read,      r.line_bytes_written,  r.barriers};
   std::copy(std::begin(all), std::end(all), numbers);
   name = r.kernel;
   return name.c_str();
@@ -93,6 +105,8 @@ const char* metal_simulator_take_errors() {
   }
   return lines.c_str();
 }
+
+uint64_t metal_simulator_barriers() { return simulator::barriers(); }
 
 void metal_simulator_clear_records() { simulator::clear_records(); }
 

@@ -5,7 +5,7 @@ msl/language). Each load and store of the kernel then calls the simulator:
 -fsanitize=kernel-address puts the calls there, -fsanitize=alignment and bounds
 add what only the compiler knows.
 
-The preprocessed text is changed in four ways, because no macro can do it:
+The preprocessed text is changed in five ways, because no macro can do it:
 
 - ``template [[host_name("x")]] [[kernel]] decltype(f<T>) f<T>;`` loses its
   attributes, which C++ does not allow there; the name "x" is kept for a table.
@@ -14,6 +14,7 @@ The preprocessed text is changed in four ways, because no macro can do it:
   simulator gives: OpenCL allows such variables in its own kernels only.
 - ``thread`` after a method's parameters goes, and with it the check that its
   object is a thread's: OpenCL gives temporary objects no address space.
+- ``#pragma METAL fp contract(off)`` becomes clang's own.
 
 So that line numbers stay, no line is added before the text's end.
 
@@ -28,6 +29,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -37,12 +39,15 @@ from pathlib import Path
 
 SHIM = Path(__file__).resolve().parent / "msl"
 
-FLAGS = [
+LANGUAGE = [
     *("-x", "clcpp", "-cl-std=CLC++2021", "-cl-no-stdinc"),
     # No `double`, as in MSL; and literals without a suffix are float, also in
     # templates, where the first option alone would leave them double.
     *("-Xclang", "-cl-ext=-cl_khr_fp64,-__opencl_c_fp64", "-Xclang", "-mdouble=32"),
     "-w",  # the Mac's compiler is the judge of style
+]
+FLAGS = [
+    *LANGUAGE,
     # The same arithmetic as the C++ of the CPU.
     *("-ffp-contract=off", "-fno-math-errno", "-cl-fp32-correctly-rounded-divide-sqrt"),
     *("-Xclang", "-ffloat16-excess-precision=none"),
@@ -58,6 +63,25 @@ FLAGS = [
     *("-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"),
     # Not AddressSanitizer's own names: it may watch over the simulator.
     *("-mllvm", "-asan-memory-access-callback-prefix=simulator_"),
+]
+
+# MSL before 4.0 is C++14, which clang cannot read together with the address spaces
+# of C++ for OpenCL. It can warn of what is newer.
+NEWER_THAN_CPP14 = [
+    *("-Wno-everything", "-Wpre-c++17-compat", "-fno-caret-diagnostics"),
+    *("-Wc++20-extensions", "-Wc++20-designator"),
+    *("-Wc++23-extensions", "-Wc++26-extensions"),
+]
+# Of that, what kernels that MLX ships use, and so Apple's compiler takes.
+PRECEDENTED = ("constexpr if ", "'static_assert' with no message ")
+
+# What a GPU may do instead. The standard library's part is in msl/metal_stdlib,
+# and flushing subnormal numbers is the launch's.
+UNKIND_FLAGS = [
+    # Also across statements, but not where a pragma turns it off.
+    "-ffp-contract=fast-honor-pragmas",
+    *(["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []),
+    "-DSIMULATOR_UNKIND=1",
 ]
 
 # The order is that of simulator::Arguments and of Attribute in simulator.h.
@@ -92,32 +116,52 @@ class Kernel:
 
 
 def compile_kernels(
-    source: str, name: str = "kernel", include: tuple[str, ...] = ()
+    source: str,
+    name: str = "kernel",
+    include: tuple[str, ...] = (),
+    unkind: bool = False,
 ) -> Path:
-    """Returns the shared library of the kernels in `source`; `name` names its lines."""
-    flags = [*FLAGS, f"-I{SHIM}", *(f"-I{directory}" for directory in include)]
-    text = _zig(
+    """Returns the shared library of the kernels in `source`; `name` names its lines.
+
+    With `unkind` they do the arithmetic that a GPU may do, not that of the CPU.
+    """
+    arithmetic = [*FLAGS, *(UNKIND_FLAGS if unkind else [])]
+    flags = [*arithmetic, *include_flags(include)]
+    text = preprocess(source, name, flags)
+    version = importlib.metadata.version("ziglang")
+    recipe = "\0".join([text, *arithmetic, version, Path(__file__).read_text()])
+    library = cache_folder() / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.so"
+    if not library.exists():
+        unit = rewrite(text, unkind)
+        warning = [flag for flag in flags if flag != "-w"]
+        syntax = ["-fsyntax-only", "-Xclang", "-ast-dump", "-"]
+        tree, warnings = zig_with_warnings(
+            ["clang", *warning, *NEWER_THAN_CPP14, *syntax], unit
+        )
+        check_language(warnings)
+        check_address_spaces(tree)
+        plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes"]
+        llvm = check_copies(zig(["clang", *flags, *plain, "-o", "-", "-"], unit))
+        # Made under another name: two processes may do this at once.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            code, machine = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+            zig(["clang", *flags, "-x", "ir", "-c", "-o", str(code), "-"], llvm)
+            link = ["ld.lld", "-shared", "--eh-frame-hdr"]
+            zig([*link, "-o", str(machine), str(code)])
+            os.replace(machine, library)
+    return library
+
+
+def include_flags(include: tuple[str, ...]) -> list[str]:
+    return [f"-I{SHIM}", *(f"-I{directory}" for directory in include)]
+
+
+def preprocess(source: str, name: str, flags: list[str]) -> str:
+    return zig(
         ["clang", *flags, "-E", "-include", str(SHIM / "language"), "-"],
         f'#line 1 "{name}.metal"\n{source}\n'
         "#include <metal_stdlib>\n#include <launch>\n",
     )
-    version = importlib.metadata.version("ziglang")
-    recipe = "\0".join([text, *FLAGS, version, Path(__file__).read_text()])
-    library = cache_folder() / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.so"
-    if not library.exists():
-        unit = rewrite(text)
-        syntax = ["-fsyntax-only", "-Xclang", "-ast-dump", "-"]
-        check_address_spaces(_zig(["clang", *flags, *syntax], unit))
-        plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes"]
-        llvm = check_copies(_zig(["clang", *flags, *plain, "-o", "-", "-"], unit))
-        # Made under another name: two processes may do this at once.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            code, machine = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            _zig(["clang", *flags, "-x", "ir", "-c", "-o", str(code), "-"], llvm)
-            link = ["ld.lld", "-shared", "--eh-frame-hdr"]
-            _zig([*link, "-o", str(machine), str(code)])
-            os.replace(machine, library)
-    return library
 
 
 def cache_folder() -> Path:
@@ -127,8 +171,18 @@ def cache_folder() -> Path:
     return folder
 
 
-def rewrite(text: str) -> str:
+def rewrite(text: str, unkind: bool = False) -> str:
     """Preprocessed MSL -> C++ for OpenCL, with an entry for each kernel."""
+    # A pragma that allows contraction must not bring it back in the kind mode.
+    text, kernels = without_metal(text, "off|on|fast" if unkind else "off")
+    return text + _entries(kernels, unkind)
+
+
+def without_metal(text: str, contraction: str) -> tuple[str, list[Kernel]]:
+    """Preprocessed MSL -> C++ for OpenCL, and its kernels.
+
+    `contraction` is the modes of the pragma that are passed on, as in ``off|fast``.
+    """
     declared: dict[str, list[str]] = {}
     for match in re.finditer(rf"{KERNEL}\s+void\s+(\w+)\s*\(", text):
         between, _ = _bracketed(text, match.end() - 1)
@@ -163,7 +217,20 @@ def rewrite(text: str) -> str:
         ),
         text,
     )
-    return text + _entries(kernels)
+    pragma = rf"(?m)^(\s*#\s*pragma )METAL( fp contract\s*\((?:{contraction})\))"
+    return re.sub(pragma, r"\1clang\2", text), kernels
+
+
+def check_language(warnings: str) -> None:
+    """Refuses what C++14 has not, going by clang's warnings of it."""
+    for line in warnings.splitlines():
+        found = re.match(r"(.*?:\d+:\d+): warning: (.*) \[-W", line)
+        if found is None or "/mlx/backend/metal/kernels/" in found[1]:
+            continue
+        if not found[2].startswith(PRECEDENTED):
+            raise CompileError(
+                f"{found[1]}: error: {found[2]}; MSL before 4.0 is C++14"
+            )
 
 
 def check_address_spaces(tree: str) -> None:
@@ -216,46 +283,53 @@ def check_copies(llvm: str) -> str:
     return "\n".join([*lines, "declare void @simulator_copy_aligned(ptr, i64)", ""])
 
 
-def _entries(kernels: list[Kernel]) -> str:
+def _entries(kernels: list[Kernel], unkind: bool) -> str:
     """What simulator.h's Library looks up: names, buffers and a call of each kernel."""
     # decltype(f) of a function counts as taking its address.
     pragma = "#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable"
     names = "".join(f"{kernel.name}\\n" for kernel in kernels)
     lines = ["", '# 1 "entries"', pragma, 'extern "C" {']
     lines.append(f'extern constant char simulator_kernels[] = "{names}";')
+    lines.append(f"extern constant int simulator_unkind = {int(unkind)};")
     unchecked = '__attribute__((no_sanitize("kernel-address", "alignment", "bounds")))'
     for number, kernel in enumerate(kernels):
-        traits = f"simulator::Kernel<decltype({kernel.function})>"
-        arguments, table, index = [], [], {"buffer": 0, "threadgroup": 0}
-        for n, parameter in enumerate(kernel.parameters):
-            attribute = re.search(
-                r"\[\[\s*(\w+)\s*(?:\(\s*(\w+)\s*\))?\s*\]\]", parameter
-            )
-            if attribute and attribute[1] in ATTRIBUTES:
-                which = ATTRIBUTES.index(attribute[1])
-                arguments.append(f"{traits}::attribute<{n}>(a->attributes[{which}])")
-                continue
-            kind = attribute[1] if attribute else "buffer"
-            if kind == "__local":  # what the macro `threadgroup` made of it
-                kind = "threadgroup"
-            if kind not in index:
-                raise CompileError(f"{kernel.name}: [[{kind}]] is not simulated")
-            if attribute:
-                index[kind] = int(attribute[2], 0)
-            table.append(f"{index[kind]}, {traits}::space<{n}>()")
-            address = f"a->{kind}s[{index[kind]}]"
-            arguments.append(f"{traits}::buffer<{n}>::from({address})")
-            index[kind] += 1
-        table.append("-1")
+        call, table = call_of(kernel, "a->attributes")
         signature = f"simulator_entry_{number}(const simulator::Arguments* a)"
         lines += [
             f"extern constant int simulator_parameters_{number}[] = {{",
-            f"  {', '.join(table)}}};",
+            f"  {', '.join([*table, '-1'])}}};",
             f"{unchecked} void {signature} {{",
-            f"  {kernel.function}({', '.join(arguments)});",
+            f"  {call};",
             "}",
         ]
     return "\n".join([*lines, "}", ""])
+
+
+def call_of(kernel: Kernel, attributes: str) -> tuple[str, list[str]]:
+    """The call of a kernel with simulator::Arguments `a`, and its buffers.
+
+    `attributes` is where the thread's attributes stand.
+    """
+    traits = f"simulator::Kernel<decltype({kernel.function})>"
+    arguments, table, index = [], [], {"buffer": 0, "threadgroup": 0}
+    for n, parameter in enumerate(kernel.parameters):
+        attribute = re.search(r"\[\[\s*(\w+)\s*(?:\(\s*(\w+)\s*\))?\s*\]\]", parameter)
+        if attribute and attribute[1] in ATTRIBUTES:
+            which = ATTRIBUTES.index(attribute[1])
+            arguments.append(f"{traits}::attribute<{n}>({attributes}[{which}])")
+            continue
+        kind = attribute[1] if attribute else "buffer"
+        if kind == "__local":  # what the macro `threadgroup` made of it
+            kind = "threadgroup"
+        if kind not in index:
+            raise CompileError(f"{kernel.name}: [[{kind}]] is not simulated")
+        if attribute:
+            index[kind] = int(attribute[2], 0)
+        table.append(f"{index[kind]}, {traits}::space<{n}>()")
+        address = f"a->{kind}s[{index[kind]}]"
+        arguments.append(f"{traits}::buffer<{n}>::from({address})")
+        index[kind] += 1
+    return f"{kernel.function}({', '.join(arguments)})", table
 
 
 def _declared_function(declaration: str) -> str:
@@ -298,7 +372,11 @@ def _split(parameters: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _zig(arguments: list[str], text: str = "") -> str:
+def zig(arguments: list[str], text: str = "") -> str:
+    return zig_with_warnings(arguments, text)[0]
+
+
+def zig_with_warnings(arguments: list[str], text: str) -> tuple[str, str]:
     package = importlib.util.find_spec("ziglang")
     if package is None or package.origin is None:
         raise CompileError("the simulator needs clang: pip install ziglang")
@@ -308,16 +386,18 @@ def _zig(arguments: list[str], text: str = "") -> str:
     )
     if done.returncode:
         raise CompileError(done.stderr.strip())
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile MSL for the simulator.")
     parser.add_argument("--name", default="kernel")
     parser.add_argument("-I", dest="include", action="append", default=[])
+    parser.add_argument("--unkind", action="store_true")
     options = parser.parse_args()
     try:
-        print(compile_kernels(sys.stdin.read(), options.name, tuple(options.include)))
+        include = tuple(options.include)
+        print(compile_kernels(sys.stdin.read(), options.name, include, options.unkind))
     except CompileError as error:
         print(error)
         return 1

@@ -1,6 +1,39 @@
 #include "mlx/backend/metal/device.h"
 
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/scheduler.h"
+
+namespace MTL {
+
+simulator::Library& Library::kernels() {
+  std::lock_guard lock(mutex_);
+  const bool unkind = simulator::is_unkind();
+  auto& kernels = kernels_[unkind];
+  if (!kernels) {
+    kernels = simulator::Library::compile(source_, name_, unkind);
+  }
+  return *kernels;
+}
+
+ComputePipelineState* Library::pipeline(const std::string& name) {
+  kernels().kernel(name);  // throws if there is none
+  std::lock_guard lock(mutex_);
+  auto& pipeline = pipelines_[name];
+  if (!pipeline) {
+    pipeline = std::make_unique<ComputePipelineState>(this, name);
+  }
+  return pipeline.get();
+}
+
+NS::UInteger ComputePipelineState::maxTotalThreadsPerThreadgroup() const {
+  return simulator::max_threads();
+}
+
+const simulator::Kernel* ComputePipelineState::kernel() const {
+  return library_->kernels().kernel(name_);
+}
+
+}  // namespace MTL
 
 namespace mlx::core::metal {
 
@@ -15,7 +48,8 @@ void CommandEncoder::bind(const array& a, int idx, int64_t offset,
   }
   const int64_t item = a.itemsize();
   auto* data = const_cast<char*>(a.data<char>()) + offset;
-  encoder_.bind(idx, {.owner = a.data_shared_ptr(),
+  encoder_.bind(idx, {.copy = nullptr,
+                      .array = a.data_shared_ptr(),
                       .data = data,
                       .before = static_cast<size_t>(-first * item),
                       .bytes = static_cast<size_t>(end * item - offset),
@@ -25,22 +59,47 @@ void CommandEncoder::bind(const array& a, int idx, int64_t offset,
 
 void CommandEncoder::set_input_array(const array& a, int idx, int64_t offset) {
   bind(a, idx, offset, false);
+  hazards_.touch(a.data_shared_ptr());
 }
 
 void CommandEncoder::set_output_array(array& a, int idx, int64_t offset) {
   bind(a, idx, offset, true);
+  hazards_.touch(a.data_shared_ptr());
+  register_output_array(a);
 }
 
+void CommandEncoder::register_output_array(const array& a) {
+  hazards_.write(a.data_shared_ptr());
+}
+
+// MLX lets go of these in a task after those of the primitive.
 void CommandEncoder::add_temporary(array arr) {
-  cpu::get_command_encoder(stream_).dispatch([arr = std::move(arr)] {});
+  cpu::get_command_encoder(stream_).add_temporary(std::move(arr));
 }
 
 void CommandEncoder::add_temporaries(std::vector<array> arrays) {
-  cpu::get_command_encoder(stream_).dispatch([arrays = std::move(arrays)] {});
+  cpu::get_command_encoder(stream_).add_temporaries(std::move(arrays));
+}
+
+void CommandEncoder::maybeInsertBarrier() {
+  if (hazards_.launch()) {
+    barrier();
+  }
+}
+
+void CommandEncoder::barrier() {
+  ++epoch_;
+  simulator::count_barrier();
+}
+
+void CommandEncoder::end_encoding() {
+  ++epoch_;
+  hazards_.end_encoding();
 }
 
 void CommandEncoder::dispatch_threadgroups(MTL::Size grid_dims,
                                            MTL::Size group_dims) {
+  maybeInsertBarrier();
   enqueue(encoder_.dispatch_threadgroups(
       {grid_dims.width, grid_dims.height, grid_dims.depth},
       {group_dims.width, group_dims.height, group_dims.depth}));
@@ -48,33 +107,46 @@ void CommandEncoder::dispatch_threadgroups(MTL::Size grid_dims,
 
 void CommandEncoder::dispatch_threads(MTL::Size grid_dims,
                                       MTL::Size group_dims) {
+  maybeInsertBarrier();
   enqueue(encoder_.dispatch(
       {grid_dims.width, grid_dims.height, grid_dims.depth},
       {group_dims.width, group_dims.height, group_dims.depth}));
 }
 
 void CommandEncoder::enqueue(simulator::Launch launch) {
-  // MLX itself keeps alive what a primitive writes. Were it held here too, the
-  // next primitive could not take it over as its output, as on Metal it can.
-  for (auto& [written, output] : launch.bindings) {
-    if (output.writable) {
-      const auto data = std::move(output.owner);
-      for (auto& [index, binding] : launch.bindings) {
-        if (binding.owner == data) {
-          binding.owner.reset();
-        }
+  launch.epoch = {this, epoch_};
+  launch.barriers = simulator::barriers();
+  const auto batch = batch_ ? batch_ : std::make_shared<simulator::Batch>();
+  const size_t n = batch->add(std::move(launch));
+  try {
+    cpu::get_command_encoder(stream_).dispatch([batch, n] {
+      try {
+        batch->run(n);
+      } catch (const std::exception& error) {
+        simulator::keep_error(error.what());
+        throw;
       }
-    }
+    });
+  } catch (...) {
+    batch->remove_last();
+    throw;
   }
-  cpu::get_command_encoder(stream_).dispatch([launch = std::move(launch)] {
-    try {
-      launch.run();
-    } catch (const std::exception& error) {
-      simulator::keep_error(error.what());
-      throw;
-    }
-  });
+  if (!batch_) {
+    batch->close();
+  }
 }
+
+Evaluation::Evaluation(Stream stream) : encoder_(get_command_encoder(stream)) {
+  // As MLX does where a primitive begins to encode.
+  scheduler::check_error(stream);
+  if (const auto encoding = simulator::encoding();
+      std::exchange(encoder_.encoding_, encoding) != encoding) {
+    encoder_.end_encoding();
+  }
+  encoder_.batch_ = std::make_shared<simulator::Batch>();
+}
+
+Evaluation::~Evaluation() { std::exchange(encoder_.batch_, nullptr)->close(); }
 
 MTL::Library* Device::get_library(
     const std::string& name, const CompileOptions&,
@@ -82,9 +154,9 @@ MTL::Library* Device::get_library(
   std::lock_guard lock(mutex_);
   auto& library = libraries_[name];
   if (!library) {
-    auto compiled = simulator::Library::compile(builder(), name);
-    library = std::make_unique<MTL::Library>();
-    library->kernels = std::move(compiled);
+    auto compiled = std::make_unique<MTL::Library>(name, builder());
+    compiled->kernels();  // throws if it does not compile
+    library = std::move(compiled);
   }
   return library.get();
 }
@@ -98,13 +170,7 @@ void Device::clear_library(const std::string& name) {
 
 MTL::ComputePipelineState* Device::get_kernel(const std::string& base_name,
                                               MTL::Library* mtl_lib) {
-  std::lock_guard lock(mutex_);
-  auto& pipeline = mtl_lib->pipelines[base_name];
-  if (!pipeline) {
-    pipeline = std::make_unique<MTL::ComputePipelineState>(
-        mtl_lib->kernels->kernel(base_name));
-  }
-  return pipeline.get();
+  return mtl_lib->pipeline(base_name);
 }
 
 Device& device(mlx::core::Device) {

@@ -52,7 +52,8 @@ std::string quoted(const std::string& text) {
 }  // namespace
 
 std::unique_ptr<Library> Library::compile(const std::string& source,
-                                          const std::string& name) {
+                                          const std::string& name,
+                                          bool unkind) {
   const char* chosen = std::getenv("MLX_FUSED_SIMULATOR_PYTHON");
   char file[] = "/tmp/metal_simulator_XXXXXX";
   const int descriptor = mkstemp(file);
@@ -63,9 +64,10 @@ std::unique_ptr<Library> Library::compile(const std::string& source,
   std::ofstream(file) << source;
   std::string path;
   try {
-    path = output_of(quoted(chosen ? chosen : METAL_SIMULATOR_PYTHON) + " " +
-                     quoted(METAL_SIMULATOR_COMPILER) + " --name " +
-                     quoted(name) + " < " + file + " 2>&1");
+    path =
+        output_of(quoted(chosen ? chosen : METAL_SIMULATOR_PYTHON) + " " +
+                  quoted(METAL_SIMULATOR_COMPILER) + " --name " + quoted(name) +
+                  (unkind ? " --unkind < " : " < ") + file + " 2>&1");
   } catch (const std::runtime_error& error) {
     std::filesystem::remove(file);
     throw std::runtime_error("metal simulator: unable to build library " +
@@ -106,6 +108,7 @@ Library::Library(const std::string& path) : path_(path) {
         return 0;
       },
       this);
+  unkind_ = *static_cast<const int*>(dlsym(handle, "simulator_unkind"));
   std::istringstream lines(names);
   std::string name;
   for (int n = 0; std::getline(lines, name); ++n) {
@@ -164,18 +167,11 @@ void Encoder::refuse(const std::string& why) const {
 
 void Encoder::set_kernel(const Kernel* kernel) {
   launch_ = Launch{};
-  owners_.clear();
   launch_.kernel = kernel;
   fresh_.clear();
 }
 
 void Encoder::bind(int index, Binding binding) {
-  const auto owner = std::exchange(binding.owner, nullptr);
-  place(index, std::move(binding));
-  owners_[index] = owner;
-}
-
-void Encoder::place(int index, Binding binding) {
   const std::string buffer = "buffer " + std::to_string(index);
   if (!launch_.kernel) {
     refuse(buffer + " is bound before set_compute_pipeline_state");
@@ -197,8 +193,7 @@ void Encoder::set_bytes(const void* data, size_t bytes, int index) {
   }
   std::shared_ptr<char[]> copy(new char[bytes]);
   std::memcpy(copy.get(), data, bytes);
-  place(index, {copy, copy.get(), 0, bytes, 0, false});
-  owners_.erase(index);
+  bind(index, {copy, std::nullopt, copy.get(), 0, bytes, 0, false});
 }
 
 void Encoder::set_threadgroup_memory(size_t bytes, int index) {
@@ -212,9 +207,10 @@ Launch Encoder::dispatch(Size threads, Size threads_per_group) {
   if (volume(threads) == 0 || volume(threads_per_group) == 0) {
     refuse("a grid or threadgroup of size zero");
   }
-  if (volume(threads_per_group) > max_threads_per_threadgroup) {
+  if (volume(threads_per_group) > max_threads()) {
     refuse(std::to_string(volume(threads_per_group)) +
-           " threads in a threadgroup; Metal allows 1024");
+           " threads in a threadgroup; Metal allows " +
+           std::to_string(max_threads()));
   }
   for (const auto& [index, space] : launch_.kernel->parameters) {
     const bool shared = space == Space::threadgroup;
@@ -235,11 +231,7 @@ Launch Encoder::dispatch(Size threads, Size threads_per_group) {
   fresh_.clear();
   launch_.threads = threads;
   launch_.threads_per_group = threads_per_group;
-  Launch launch = launch_;
-  for (const auto& [index, owner] : owners_) {
-    launch.bindings.at(index).owner = owner.lock();
-  }
-  return launch;
+  return launch_;
 }
 
 Launch Encoder::dispatch_threadgroups(Size groups, Size threads_per_group) {

@@ -8,16 +8,22 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <sstream>
 #include <stdexcept>
+#include <unordered_map>
 #include <utility>
 
 namespace simulator {
@@ -128,6 +134,75 @@ class Arena {
   }
 };
 
+// ---- cache lines ------------------------------------------------------------
+
+// Counts the cache lines that a threadgroup's instructions touch. The lanes of
+// a simdgroup execute an instruction together on a GPU, and one after the other
+// here: the n-th time that one lane comes to an instruction is taken for the
+// n-th time that any other does. So a lane that leaves early changes nothing,
+// but one that leaves out a round of a loop is compared with the rounds of
+// others.
+class LineCounter {
+ public:
+  // Before the threads of a threadgroup run.
+  void start(size_t threads) {
+    for (auto& instruction : instructions_) {
+      instruction.rounds.assign(threads, 0);
+      for (auto& simdgroup : instruction.lines) {
+        simdgroup.clear();
+      }
+      instruction.lines.resize((threads + simdgroup_size - 1) / simdgroup_size);
+    }
+    threads_ = threads;
+  }
+
+  // How many lines are new to the instruction that returns to `caller`. A copy
+  // of a struct counts as two, one that reads and one that writes.
+  uint64_t touch(const void* caller, bool write, uint32_t thread,
+                 uintptr_t address, size_t bytes) {
+    Instruction& instruction =
+        find(reinterpret_cast<uintptr_t>(caller) << 1 | write);
+    const uint32_t round = instruction.rounds[thread]++;
+    auto& rounds = instruction.lines[thread / simdgroup_size];
+    if (round >= rounds.size()) {
+      rounds.resize(round + 1);
+    }
+    auto& lines = rounds[round];
+    uint64_t added = 0;
+    for (uintptr_t line = address / cache_line;
+         line <= (address + bytes - 1) / cache_line; ++line) {
+      // From the back: the neighbouring lane's is the likely one.
+      if (std::find(lines.rbegin(), lines.rend(), line) == lines.rend()) {
+        lines.push_back(line);
+        ++added;
+      }
+    }
+    return added;
+  }
+
+ private:
+  struct Instruction {
+    std::vector<uint32_t> rounds;  // of each thread
+    // of each simdgroup, in each round
+    std::vector<std::vector<std::vector<uintptr_t>>> lines;
+  };
+
+  Instruction& find(uintptr_t which) {
+    const auto [place, is_new] = places_.try_emplace(which, places_.size());
+    if (is_new) {
+      instructions_.emplace_back();
+      instructions_.back().rounds.assign(threads_, 0);
+      instructions_.back().lines.resize((threads_ + simdgroup_size - 1) /
+                                        simdgroup_size);
+    }
+    return instructions_[place->second];
+  }
+
+  size_t threads_ = 0;
+  std::unordered_map<uintptr_t, size_t> places_;
+  std::vector<Instruction> instructions_;
+};
+
 // ---- threads ----------------------------------------------------------------
 
 struct Fiber;
@@ -189,6 +264,36 @@ struct Fiber {
 };
 constexpr size_t stack_bytes = 256 * 1024;
 
+// While it lives, and if it is to, this thread of the CPU takes subnormal
+// numbers for zero. A fiber starts and goes on with what holds then.
+class SubnormalsFlushed {
+ public:
+#if defined(__x86_64__)
+  explicit SubnormalsFlushed(bool flushed) : before_(_mm_getcsr()) {
+    constexpr unsigned results = 1 << 15;
+    constexpr unsigned operands = 1 << 6;
+    _mm_setcsr(flushed ? before_ | results | operands : before_);
+  }
+  ~SubnormalsFlushed() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  explicit SubnormalsFlushed(bool flushed) {
+    constexpr uint64_t flush = 1 << 24;
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    set(flushed ? before_ | flush : before_);
+  }
+  ~SubnormalsFlushed() { set(before_); }
+
+ private:
+  static void set(uint64_t mode) { asm volatile("msr fpcr, %0" ::"r"(mode)); }
+  uint64_t before_;
+#else
+#error "how are subnormal numbers flushed on this processor?"
+#endif
+};
+
 // Where threads wait for each other.
 struct Rendezvous {
   std::vector<Fiber*> waiting;
@@ -216,6 +321,8 @@ class Execution {
 
  private:
   void place_arrays();
+  void check_arrays() const;
+  void check_other_launches();
   void run_group(const Size& group);
   void resume(Fiber* fiber);
   void wait();
@@ -240,6 +347,7 @@ class Execution {
   bool shuffled_;
   Arguments arguments_{};
   Size groups_{};
+  LineCounter lines_;
   std::map<uint32_t, uint64_t> variables_;  // site -> address
   size_t threadgroup_bytes_ = 0;
 
@@ -263,6 +371,34 @@ class Execution {
   std::string error_;
 };
 
+// Bytes of memory, as ranges of addresses that neither touch nor overlap.
+using Ranges = std::vector<std::pair<uintptr_t, uintptr_t>>;
+
+// The first address that is in both.
+std::optional<uintptr_t> common(const Ranges& a, const Ranges& b) {
+  for (auto i = a.begin(), j = b.begin(); i != a.end() && j != b.end();) {
+    const uintptr_t first = std::max(i->first, j->first);
+    if (first < std::min(i->second, j->second)) {
+      return first;
+    }
+    i->second < j->second ? ++i : ++j;
+  }
+  return std::nullopt;
+}
+
+// What a launch did to an array's memory.
+struct Traffic {
+  Memory memory;
+  std::string kernel;
+  uint64_t batch;
+  Ranges read;
+  Ranges written;
+};
+struct Epoch {
+  uint64_t number = 0;
+  std::vector<Traffic> traffic;
+};
+
 struct State {
   std::mutex mutex;  // of all that follows
   Arena arena;
@@ -272,6 +408,9 @@ struct State {
   std::vector<std::string> errors;
   uint64_t seed = 0;
   uint64_t launches = 0;
+  uint64_t orders = 0;
+  // What the launches of each encoder did since its last barrier.
+  std::map<const void*, Epoch> epochs;
 
   State() {
     if (const char* text = std::getenv("MLX_FUSED_SIMULATOR_SEED")) {
@@ -279,9 +418,21 @@ struct State {
     }
   }
 };
+// Not of State: they are read where a launch is encoded while another runs.
+std::atomic<uint64_t> barrier_count = 0;
+std::atomic<uint64_t> encoding_count = 0;
+std::atomic<size_t> thread_limit = max_threads_per_threadgroup;
+
 State& state() {
   static State state;
   return state;
+}
+std::atomic<bool>& unkind() {
+  static std::atomic<bool> unkind = [] {
+    const char* text = std::getenv("MLX_FUSED_SIMULATOR_UNKIND");
+    return text && *text && std::string(text) != "0";
+  }();
+  return unkind;
 }
 // Not through state(): this is read at each access.
 Execution* running = nullptr;
@@ -289,9 +440,92 @@ Execution* running = nullptr;
 Execution::Execution(const Launch& launch)
     : launch_(launch), arena_(state().arena) {
   record.kernel = launch.kernel->name;
+  record.barriers = launch.barriers;
   const uint64_t seed = launch.seed.value_or(state().seed);
   shuffled_ = seed != 0;
   random_.seed(seed + state().launches++);
+}
+
+void Execution::check_arrays() const {
+  for (const auto& [index, binding] : launch_.bindings) {
+    if (binding.array && binding.array->expired()) {
+      throw std::runtime_error(
+          "metal simulator: kernel " + launch_.kernel->name +
+          ": the array of buffer " + std::to_string(index) +
+          " is gone when the launch runs: MLX's command buffers keep no array "
+          "alive, add_temporary does");
+    }
+  }
+}
+
+// Launches with no barrier between may run at the same time. What an earlier
+// primitive has read is left out: it still holds that memory on a GPU, so that
+// MLX would not give it to a later one to be written.
+void Execution::check_other_launches() {
+  if (!launch_.epoch.first) {
+    return;  // one that has no encoder
+  }
+  Epoch& epoch = state().epochs[launch_.epoch.first];
+  if (epoch.number != launch_.epoch.second) {
+    epoch = {launch_.epoch.second, {}};
+  }
+  std::erase_if(epoch.traffic, [](const Traffic& traffic) {
+    return traffic.memory.expired();
+  });
+  const size_t others = epoch.traffic.size();
+  for (size_t number = 0; number < max_buffers; ++number) {
+    const Region& region = arena_.regions[number];
+    if (region.bytes == 0 || region.parts.empty()) {
+      continue;
+    }
+    const auto& part = region.parts[0];
+    const auto& array = launch_.bindings.at(part.index).array;
+    if (!array) {
+      continue;
+    }
+    const auto begin = reinterpret_cast<uintptr_t>(part.source) - part.begin;
+    const auto ranges = [&](uint32_t Cell::* stamp) {
+      Ranges result;
+      for (size_t at = 0; at < region.bytes; ++at) {
+        if (region.cells[at].*stamp == 0) {
+          continue;
+        }
+        if (result.empty() || result.back().second != begin + at) {
+          result.emplace_back(begin + at, begin + at);
+        }
+        result.back().second = begin + at + 1;
+      }
+      return result;
+    };
+    Traffic ours{*array, launch_.kernel->name, launch_.batch,
+                 ranges(&Cell::reader), ranges(&Cell::writer)};
+    for (size_t i = 0; i < others; ++i) {
+      const Traffic& theirs = epoch.traffic[i];
+      if (ours.memory.owner_before(theirs.memory) ||
+          theirs.memory.owner_before(ours.memory)) {
+        continue;
+      }
+      const auto refuse = [&](const char* we, const char* they, uintptr_t at) {
+        throw std::runtime_error(
+            "metal simulator: kernel " + launch_.kernel->name + ": " +
+            region.name() + " is " + we + " at byte " +
+            std::to_string(at - begin) + ", which a launch of " +
+            theirs.kernel + " has " + they +
+            ", with no barrier between the launches");
+      };
+      if (const auto at = common(ours.read, theirs.written)) {
+        refuse("read", "written", *at);
+      }
+      if (const auto at = common(ours.written, theirs.written)) {
+        refuse("written", "written", *at);
+      }
+      const auto at = common(ours.written, theirs.read);
+      if (at && launch_.batch == theirs.batch) {
+        refuse("written", "read", *at);
+      }
+    }
+    epoch.traffic.push_back(std::move(ours));
+  }
 }
 
 void Execution::place_arrays() {
@@ -348,6 +582,7 @@ void Execution::place_arrays() {
 }
 
 void Execution::run() {
+  check_arrays();
   place_arrays();
   const auto& size = launch_.threads_per_group;
   for (int d = 0; d < 3; ++d) {
@@ -360,10 +595,13 @@ void Execution::run() {
   if (shuffled_) {
     std::shuffle(order.begin(), order.end(), random_);
   }
+  const SubnormalsFlushed mode(launch_.kernel->library->unkind());
   for (uint64_t n : order) {
     run_group({n % groups_[0], n / groups_[0] % groups_[1],
                n / groups_[0] / groups_[1]});
   }
+  check_arrays();
+  check_other_launches();
   for (const auto& region : arena_.regions) {
     for (const auto& part : region.parts) {
       if (part.writable) {
@@ -422,6 +660,7 @@ void Execution::run_group(const Size& group) {
   if (shuffled_) {
     std::shuffle(order_.begin(), order_.end(), random_);
   }
+  lines_.start(count);
   started_ = 0;
   while (started_ < count || !ready_.empty()) {
     const bool start =
@@ -565,6 +804,10 @@ void Execution::access(uintptr_t address, size_t bytes, bool write,
   if (region.space == Space::device) {
     (write ? record.bytes_written : record.bytes_read) += bytes;
     unique = write ? &record.unique_bytes_written : &record.unique_bytes_read;
+    // Arrays begin at pages here, as in Metal.
+    (write ? record.line_bytes_written : record.line_bytes_read) +=
+        cache_line *
+        lines_.touch(caller, write, thread_->index, address, bytes);
   } else if (region.space == Space::constant) {
     record.constant_bytes_read += bytes;
   }
@@ -847,13 +1090,41 @@ std::vector<std::string> take_errors() {
 void clear_records() {
   std::lock_guard lock(state().mutex);
   state().records.clear();
+  barrier_count = 0;
+  ++encoding_count;
 }
+
+uint64_t encoding() { return encoding_count; }
+uint64_t barriers() { return barrier_count; }
+void count_barrier() { ++barrier_count; }
 
 void set_seed(uint64_t seed) {
   std::lock_guard lock(state().mutex);
   state().seed = seed;
   state().launches = 0;
+  state().orders = 0;
 }
+
+std::optional<uint64_t> next_order() {
+  std::lock_guard lock(state().mutex);
+  if (state().seed == 0) {
+    return std::nullopt;
+  }
+  return state().seed + state().orders++;
+}
+
+size_t max_threads() { return thread_limit; }
+void set_max_threads(size_t threads) {
+  if (threads < simdgroup_size || threads > max_threads_per_threadgroup) {
+    throw std::invalid_argument(
+        "metal simulator: max_threads is " + std::to_string(threads) +
+        "; Metal has 32 to 1024 threads in a threadgroup");
+  }
+  thread_limit = threads;
+}
+
+bool is_unkind() { return unkind(); }
+void set_unkind(bool value) { unkind() = value; }
 
 }  // namespace simulator
 
