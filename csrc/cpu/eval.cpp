@@ -162,13 +162,14 @@ void store(const View& view, size_t start, size_t n, const float* values) {
   }
 }
 
-double sum_of_squares(const View& view, size_t start, size_t n) {
+double sum_of_squares(const View& view, size_t start, size_t n, float scale) {
   alignas(64) float buffer[cpu::block_size];
   float lanes[cpu::sum_lanes] = {};
   const size_t block = is_direct(view) ? n : cpu::block_size;
   for (size_t end = start + n; start < end; start += block) {
     const size_t size = std::min(block, end - start);
-    cpu::loops().add_squares(load(view, start, size, buffer), size, lanes);
+    cpu::loops().add_squares(load(view, start, size, buffer), size, scale,
+                             lanes);
   }
   return std::accumulate(std::begin(lanes), std::end(lanes), 0.0);
 }
@@ -513,25 +514,32 @@ void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
               typename std::decay_t<decltype(values)>::value_type());
         };
         std::vector<double> partials(sum_up(counts));
-        for_each_piece(counts, sum_up(sizes),
-                       [&](size_t number, size_t tensor, size_t piece) {
-                         const size_t begin = piece * large_piece_size;
-                         const size_t end =
-                             std::min(begin + large_piece_size, sizes[tensor]);
-                         for (size_t i = begin; i < end; i += piece_size) {
-                           partials[number] += sum_of_squares(
-                               views[tensor], i, std::min(piece_size, end - i));
-                         }
-                       });
-        double total = 0;
+        const auto sum_all = [&](float scale) {
+          std::fill(partials.begin(), partials.end(), 0.0);
+          for_each_piece(
+              counts, sum_up(sizes),
+              [&](size_t number, size_t tensor, size_t piece) {
+                const size_t begin = piece * large_piece_size;
+                const size_t end =
+                    std::min(begin + large_piece_size, sizes[tensor]);
+                for (size_t i = begin; i < end; i += piece_size) {
+                  partials[number] += sum_of_squares(
+                      views[tensor], i, std::min(piece_size, end - i), scale);
+                }
+              });
+          return sum_up(partials);
+        };
+        const double total = sum_all(1);
         auto partial = partials.begin();
-        for (size_t i = 0; i < counts.size(); ++i) {
-          const double sum = std::accumulate(partial, partial + counts[i], 0.0);
-          partial += counts[i];
-          sums[i] = static_cast<float>(sum);
-          total += sum;
+        for (size_t i = 0; i < counts.size(); partial += counts[i++]) {
+          sums[i] = static_cast<float>(
+              std::accumulate(partial, partial + counts[i], 0.0));
         }
-        *norm = std::sqrt(static_cast<float>(total));
+        // The root of a sum in double fits into float32 where the sum does not.
+        const double root = std::isfinite(total)
+                                ? std::sqrt(total)
+                                : std::sqrt(sum_all(norm_scale)) / norm_scale;
+        *norm = static_cast<float>(root);
         *factor = std::min(*max_norm / (*norm + 1e-6f), 1.0f);
       });
 }

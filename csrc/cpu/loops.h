@@ -38,8 +38,8 @@ struct Loops {
   Update<float> update;
   Update<uint16_t> update_float16;
   Update<uint16_t> update_bfloat16;
-  // Adds the squares of n values to the lanes.
-  void (*add_squares)(const float* x, size_t n, float* lanes);
+  // Adds the squares of n values times scale to the lanes.
+  void (*add_squares)(const float* x, size_t n, float scale, float* lanes);
 
   // Writes rows x columns elements of 2 or 4 bytes in row-major order: element
   // (row, column) is read from in + row + column * column_stride. The elements

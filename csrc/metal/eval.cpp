@@ -339,7 +339,7 @@ void SumsOfSquares::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     allocate(output);
   }
   // At least one, so that there is a buffer to bind when all arrays are empty.
-  mx::array partials({static_cast<int>(std::max(first.back(), 1u))},
+  mx::array partials({2 * static_cast<int>(std::max(first.back(), 1u))},
                      mx::float32, nullptr, {});
   allocate(partials);
   mx::array firsts({static_cast<int>(count) + 1}, mx::uint32, nullptr, {});
