@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.optimizers as stock
-from mlx.utils import tree_map, tree_merge
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from . import base
 from .base import Clip, Optimizer, StepOptions
@@ -91,15 +91,21 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
 
         return undo
 
+    def _split_dictionary(self, gradients: Any) -> list[Any]:
+        # Before MLX 0.32.4 a part of nothing is a list, which fits no other tree.
+        return [part or {} for part in super()._split_dictionary(gradients)]
+
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
         if clip is None:
             clip = self._measure(base._ext.Leaves(gradients))
             self._record(clip)
-        tree: Any = {}
+        # Not by tree_merge, which before MLX 0.32.1 takes no two empty containers in
+        # one place, such as the leaves of a layer without parameters.
+        updated: dict[str, Any] = {}
         parts = self._split_dictionary(gradients)
         for optimizer, part in zip(self.optimizers, parts, strict=True):
-            tree = tree_merge(tree, self._part(optimizer, part, parameters, clip))
-        return tree
+            updated.update(tree_flatten(self._part(optimizer, part, parameters, clip)))
+        return tree_map_with_path(lambda path, _: updated[path], gradients)
 
     def _part(
         self, optimizer: stock.Optimizer, gradients: Any, parameters: Any, clip: Clip
