@@ -5,6 +5,7 @@
 #include <tuple>
 #include <utility>
 
+#include "graph/factored.h"
 #include "mlx/ops.h"
 #include "mlx/utils.h"
 #include "rules.h"
@@ -27,14 +28,7 @@ void apply(const Hyperparameters& hyperparameters, const Node& rate,
            std::vector<Node>& slots) {
   using Rule = typename RegisteredRule<index>::template Type<Node>;
   Rule rule;
-  if constexpr (Rule::numbers > 0) {
-    auto value = hyperparameters.begin();
-    const auto next = [&] {
-      return std::visit([](const auto& x) { return number_of(x); }, *value++);
-    };
-    std::apply([&](auto&... number) { ((number = next()), ...); },
-               rule.all_numbers());
-  }
+  set_numbers(rule, hyperparameters);
   rule.prepare(rate, step);
   Node none;
   Node& parameter = Rule::reads_parameter ? slots.front() : none;
@@ -87,15 +81,19 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       }
       Node rate, count;
       if (layout.has[learning_rate]) {
-        rate = mx::astype(scalar(learning_rate), dtype);
+        // As in mlx.optimizers: Adafactor's multiplies a root.
+        const bool is_whole =
+            rule.is_factored() && !mx::issubdtype(dtype, mx::inexact);
+        rate = mx::astype(scalar(learning_rate), is_whole ? mx::float32 : dtype);
       }
       if (layout.has[step]) {
         count = !is_usual && mx::issubdtype(dtype, mx::floating)
                     ? mx::astype(scalar(step), dtype)
                     : scalar(step);
       }
-      apply_table[rule.index]((*update.sets)[entry.hyperparameters], rate,
-                              count, rule, slots);
+      const Apply apply =
+          rule.is_factored() ? apply_factored : apply_table[rule.index];
+      apply((*update.sets)[entry.hyperparameters], rate, count, rule, slots);
       for (const int k : rule.written()) {
         auto result = slots[k].array();
         if (layout.has[skip]) {
@@ -103,11 +101,13 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
         }
         outputs.push_back(std::move(result));
         auto& output = outputs.back();
-        if (keep_dtypes) {
-          output = mx::astype(output, given[k].dtype());
-        } else if (is_usual) {
-          output = mx::astype(output, promoted(rule, dtypes, k));
+        const auto target = keep_dtypes ? given[k].dtype()
+                            : is_usual  ? promoted(rule, dtypes, k)
+                                        : output.dtype();
+        if (target == mx::float16 && rule.is_mean(k)) {
+          output = mx::minimum(output, mx::array(most_of_float16));
         }
+        output = mx::astype(output, target);
       }
     }
     return outputs;

@@ -12,6 +12,8 @@
 #include "graph/placement.h"
 #include "graph/sums_of_squares.h"
 #include "metal/backend.h"
+#include "metal/encode.h"
+#include "metal/factored.h"
 #include "metal/kernel_source.h"
 #include "metal/launch.h"
 #include "metal_sources.h"
@@ -28,9 +30,8 @@ constexpr size_t sums_threads = 1024;
 // Metal takes less than 4 KiB of constant bytes.
 constexpr size_t max_walk_entries = 4096 / sizeof(int64_t) - 1;
 
-using Pipeline = MTL::ComputePipelineState*;
+}  // namespace
 
-// A kernel by its name, compiled when it is first needed.
 Pipeline build(mx::Stream stream, const std::string& name,
                const std::function<std::string()>& source) {
   try {
@@ -47,7 +48,9 @@ Pipeline build(mx::Stream stream, const std::string& name,
   }
 }
 
-// The same of an update, found again without its name.
+namespace {
+
+// A kernel of an update, found again without its name.
 Pipeline pipeline(mx::Stream stream, const UpdateKernel& kernel) {
   using Key = std::tuple<int, std::vector<mx::Dtype::Val>, bool>;
   static std::mutex mutex;
@@ -116,6 +119,8 @@ bool is_vectorizable(const mx::array& a) {
   return a.offset() % (vector_size * static_cast<int64_t>(a.itemsize())) == 0;
 }
 
+}  // namespace
+
 void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
   const auto walk = collapse(in);
   LaunchTensor tensor{};
@@ -133,6 +138,8 @@ void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
       MTL::Size((in.size() + tile_size - 1) / tile_size, 1, 1),
       MTL::Size(tile_threads, 1, 1));
 }
+
+namespace {
 
 // The gradient itself, or a contiguous copy if its strides do not fit.
 mx::array add_gradient(Launch& launch, const mx::array& gradient,
@@ -156,6 +163,10 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   }
   const auto& layout = update_.layout;
   const auto& rule = *layout.rule;
+  if (rule.is_factored()) {
+    eval_factored(update_, inputs, outputs, stream());
+    return;
+  }
   UpdateKernel kernel{&rule, {}, false};
   for (int slot = 0; slot < layout.slots(); ++slot) {
     kernel.dtypes.push_back(inputs[layout.input(0, slot)].dtype());
