@@ -24,8 +24,8 @@ const std::vector<mx::Shape> check_shapes = {{1},    {7},    {64, 3},
                                              {9001}, {5, 4}, {33}};
 // The same for Adafactor's matrices: one tile and several, rows that are walked
 // as columns and turned, strides without neighbours, a lone row.
-const std::vector<mx::Shape> check_matrices = {{1, 7},      {140, 130}, {64, 3},
-                                               {3, 40, 36}, {5, 4},     {1, 300}};
+const std::vector<mx::Shape> check_matrices = {
+    {1, 7}, {140, 130}, {64, 3}, {3, 40, 36}, {5, 4}, {1, 300}};
 // Arrays of the check of sums: as many as one of its launches takes.
 constexpr size_t check_sums_count = 24;
 
@@ -153,7 +153,8 @@ std::optional<std::string> check_update(const RuleTraits& rule,
     rates.push_back(0.1f / static_cast<float>(tensor + 1));
     scales.push_back(0.75f - 0.1f * static_cast<float>(tensor));
     for (int slot = 0; slot < layout.slots(); ++slot) {
-      auto shape = rule.means == 2 ? check_matrices[tensor] : check_shapes[tensor];
+      auto shape =
+          rule.means == 2 ? check_matrices[tensor] : check_shapes[tensor];
       if (rule.means == 1 && shape.size() > 1) {
         shape = {shape[0] * shape[1]};
       }

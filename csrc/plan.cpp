@@ -87,9 +87,10 @@ struct Signature {
       const bool may_broadcast =
           role == Role::gradient && !is_written && !rule.is_factored();
       fits = fits && has_kernels(a.dtype()) &&
-             (rule.is_mean(k) ? a.shape() == rule.shape(k, shape)
-              : a.shape() == shape ||
-              (may_broadcast && broadcasts_to(a.shape(), shape)));
+             (rule.is_mean(k)
+                  ? a.shape() == rule.shape(k, shape)
+                  : a.shape() == shape ||
+                        (may_broadcast && broadcasts_to(a.shape(), shape)));
       bits = bits << dtype_bits | static_cast<uint64_t>(a.dtype().val());
     }
     return (bits << 1 | uint64_t{fits}) << size_bits |

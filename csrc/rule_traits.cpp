@@ -54,9 +54,9 @@ RuleTraits traits_of_adafactor(int index, bool is_matrix, bool has_moment) {
   RuleTraits traits{index, "Adafactor", split(Rule::number_names), {}, true,
                     true,  {}};
   traits.name += is_matrix ? "Matrix" : "Vector";
-  traits.states = is_matrix ? std::vector<std::string>{"exp_avg_sq_row",
-                                                       "exp_avg_sq_col"}
-                            : std::vector<std::string>{"exp_avg_sq"};
+  traits.states =
+      is_matrix ? std::vector<std::string>{"exp_avg_sq_row", "exp_avg_sq_col"}
+                : std::vector<std::string>{"exp_avg_sq"};
   traits.means = static_cast<int>(traits.states.size());
   if (has_moment) {
     traits.name += "WithMoment";

@@ -5,6 +5,10 @@ static constexpr constant int factored_threads = 256;
 static constexpr constant int simdgroup_columns = 128;  // four to each lane
 // Rows of a transposed gradient that are turned at a time.
 static constexpr constant int turned_rows = 32;
+// Elements in threadgroup memory. Each row is followed by one that is unused,
+// so that a column's are in different banks.
+static constexpr constant int stage_size =
+    turned_rows * (simdgroup_columns + 1) + 96;
 
 // A tensor as matrices in the order of their memory, cut into tiles of which a
 // threadgroup takes one. Its simdgroups read 128 neighbouring columns of a row
@@ -32,6 +36,7 @@ struct FactoredTensor {
   uint32_t is_swapped;  // 1 if rows are walked as columns
   uint32_t is_vector;   // 1 if the only row has no mean
   uint32_t is_staged;   // 1 if the gradient is turned in threadgroup memory
+  uint32_t is_whole;    // 1 if all of it is in threadgroup memory
   uint32_t vectorized;  // 1 if gradients can be read by fours
   uint32_t parameter_vectorized;  // 1 if the other arrays can
   uint32_t parameter_share;  // elements whose squares a tile of pass one adds

@@ -346,6 +346,137 @@ METAL_FUNC float root_mean(
       sum / float(tensor.is_swapped != 0 ? tensor.columns : tensor.rows));
 }
 
+// The factors of the columns that all simdgroups are about to read; the
+// thread's four.
+METAL_FUNC void load_across(
+    constant FactoredTensor& tensor,
+    const device float* factors,
+    threadgroup float* shared,
+    const thread Tile& t,
+    int64_t first,
+    const thread Thread& at,
+    thread float* across) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int64_t c = at.index; c < t.columns_at_once; c += factored_threads) {
+    shared[c] = first + c < t.end_column
+        ? factors
+              [tensor.across_factors + t.matrix * tensor.columns + first + c]
+        : 0.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  FOR_EACH_OF_FOUR { across[i] = shared[t.column + i]; }
+}
+
+// The factors of a simdgroup's next rows, one to each lane.
+METAL_FUNC float load_down(
+    constant FactoredTensor& tensor,
+    const device float* factors,
+    const thread Tile& t,
+    int64_t row,
+    int64_t end) {
+  return row < end
+      ? factors[tensor.down_factors + t.matrix * tensor.rows + row]
+      : 0.0f;
+}
+
+// A part of the gradient in threadgroup memory.
+struct Stage {
+  threadgroup float* values;
+  bool is_used;
+  int pitch;
+  int64_t row;  // its first
+  int64_t column;
+};
+
+template <typename G>
+METAL_FUNC void stage_gradient(
+    const device G* gradient,
+    constant FactoredTensor& tensor,
+    const thread Tile& t,
+    const thread Stage& stage,
+    int64_t rows,
+    int64_t columns,
+    const thread Thread& at) {
+  const bool by_columns = tensor.row_stride == 1;
+  const int64_t neighbours = by_columns ? rows : columns;
+  const int64_t others = by_columns ? columns : rows;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int64_t i = at.simdgroup; i < others; i += factored_threads / 32) {
+    for (int64_t j = at.lane; j < neighbours; j += 32) {
+      const int64_t row = by_columns ? j : i;
+      const int64_t column = by_columns ? i : j;
+      stage.values[row * stage.pitch + column] = static_cast<float>(
+          gradient
+              [t.gradient + (stage.row + row) * tensor.row_stride +
+               (stage.column + column) * tensor.column_stride]);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+template <typename G>
+METAL_FUNC void load_gradient(
+    const device G* gradient,
+    constant FactoredTensor& tensor,
+    const thread Tile& t,
+    const thread Stage& stage,
+    int64_t row,
+    int64_t column,
+    int count,
+    thread float* g) {
+  if (stage.is_used) {
+    const int64_t start =
+        (row - stage.row) * stage.pitch + column - stage.column;
+    FOR_EACH_OF_FOUR { g[i] = i < count ? stage.values[start + i] : 0.0f; }
+  } else {
+    load_four(
+        gradient + t.gradient + row * tensor.row_stride +
+            (count > 0 ? column : 0) * tensor.column_stride,
+        tensor.column_stride,
+        count,
+        tensor.vectorized != 0,
+        g);
+  }
+}
+
+// The sum of squares of a tile of the update's direction, in every thread.
+template <typename G>
+METAL_FUNC float sum_of_direction(
+    const device G* gradient,
+    constant FactoredTensor& tensor,
+    const thread Tile& t,
+    const thread Stage& stage,
+    float root,
+    float scale,
+    const device float* factors,
+    threadgroup float* shared,
+    const thread Thread& at) {
+  float sum = 0;
+  for (int64_t first = t.first_column; first < t.end_column;
+       first += t.columns_at_once) {
+    const int64_t column = first + t.column;
+    const int count = count_of_four(column, t.end_column);
+    float across[4];
+    load_across(tensor, factors, shared, t, first, at, across);
+    const int64_t h = tensor.rows_at_once;
+    for (int64_t top = t.first_row + t.down; top < t.end_row; top += 32 * h) {
+      const float downs =
+          load_down(tensor, factors, t, top + at.lane * h, t.end_row);
+      for (int k = 0; k < 32 && top + k * h < t.end_row; ++k) {
+        const float down = simd_broadcast(downs, k) * root;
+        float g[4];
+        load_gradient(
+            gradient, tensor, t, stage, top + k * h, column, count, g);
+        FOR_EACH_OF_FOUR {
+          const float u = direction(down, across[i], g[i] * scale);
+          sum += u * u;
+        }
+      }
+    }
+  }
+  return sum_of_all(sum, shared, at);
+}
+
 template <typename G>
 METAL_FUNC void sum_update_squares(
     const device G* gradient,
@@ -359,36 +490,9 @@ METAL_FUNC void sum_update_squares(
     const thread Thread& at) {
   const Tile t = tile_of(tile, tensor, walks, at);
   const float root = root_mean(tensor, factors, shared, t, at);
-  float sum = 0;
-  for (int64_t column = t.first_column + t.column; column < t.end_column;
-       column += t.columns_at_once) {
-    const int count = count_of_four(column, t.end_column);
-    float across[4];
-    load_four(
-        factors + tensor.across_factors + t.matrix * tensor.columns + column,
-        1,
-        count,
-        false,
-        across);
-    for (int64_t row = t.first_row + t.down; row < t.end_row;
-         row += tensor.rows_at_once) {
-      const float down =
-          factors[tensor.down_factors + t.matrix * tensor.rows + row] * root;
-      float g[4];
-      load_four(
-          gradient + t.gradient + row * tensor.row_stride +
-              column * tensor.column_stride,
-          tensor.column_stride,
-          count,
-          tensor.vectorized != 0,
-          g);
-      FOR_EACH_OF_FOUR {
-        const float u = direction(down, across[i], g[i] * scale);
-        sum += u * u;
-      }
-    }
-  }
-  sum = sum_of_all(sum, shared, at);
+  const Stage none = {shared, false, 0, 0, 0};
+  const float sum = sum_of_direction(
+      gradient, tensor, t, none, root, scale, factors, shared, at);
   if (at.index == 0) {
     updates[tensor.update_sums + t.number] = sum;
   }
@@ -425,59 +529,54 @@ METAL_FUNC void write_update(
   const float scaled_rate = rule.scaled_rate(
       sum_of_array(partials + tensor.parameter_sums, tensor.sums, shared, at) /
       float(tensor.size));
-  const float size = rule.clipped(
-      scaled_rate,
-      sum_of_array(updates + tensor.update_sums, tensor.sums, shared, at) /
-          float(tensor.size));
-  constexpr int pitch = simdgroup_columns + 1;
+  // A small tensor's gradient is read once, and its third launch left out.
+  const bool is_whole = tensor.is_whole != 0;
+  Stage part = {
+      stage,
+      is_whole || tensor.is_staged != 0,
+      int(is_whole ? tensor.columns + 1 : simdgroup_columns + 1),
+      0,
+      0};
+  float sum;
+  if (is_whole) {
+    stage_gradient(
+        slots.gradient, tensor, t, part, tensor.rows, tensor.columns, at);
+    sum = sum_of_direction(
+        slots.gradient, tensor, t, part, root, scale, factors, shared, at);
+  } else {
+    sum = sum_of_array(updates + tensor.update_sums, tensor.sums, shared, at);
+  }
+  const float size = rule.clipped(scaled_rate, sum / float(tensor.size));
   for (int64_t first = t.first_column; first < t.end_column;
        first += t.columns_at_once) {
     const int64_t column = first + t.column;
     const int count = count_of_four(column, t.end_column);
     float across[4];
-    load_four(
-        factors + tensor.across_factors + t.matrix * tensor.columns +
-            (count > 0 ? column : 0),
-        1,
-        count,
-        false,
-        across);
+    load_across(tensor, factors, shared, t, first, at, across);
     for (int64_t top = t.first_row; top < t.end_row; top += turned_rows) {
-      if (tensor.is_staged != 0) {
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        const int64_t row = top + at.lane;
-        for (int c = at.simdgroup; c < simdgroup_columns;
-             c += factored_threads / 32) {
-          if (row < t.end_row && first + c < t.end_column) {
-            stage[at.lane * pitch + c] = static_cast<float>(
-                slots.gradient
-                    [t.gradient + row +
-                     (first + c) * tensor.column_stride]);
-          }
-        }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-      }
       const int64_t bottom = min(top + int64_t(turned_rows), t.end_row);
-      for (int64_t row = top + t.down; row < bottom && count > 0;
-           row += tensor.rows_at_once) {
+      if (part.is_used && !is_whole) {
+        part.row = top;
+        part.column = first;
+        stage_gradient(
+            slots.gradient,
+            tensor,
+            t,
+            part,
+            bottom - top,
+            min(t.columns_at_once, t.end_column - first),
+            at);
+      }
+      const int64_t h = tensor.rows_at_once;
+      const float downs = load_down(
+          tensor, factors, t, top + t.down + at.lane * h, bottom);
+      for (int k = 0; top + t.down + k * h < bottom; ++k) {
+        const int64_t row = top + t.down + k * h;
+        const float down = simd_broadcast(downs, k) * root;
         float g[4];
-        if (tensor.is_staged != 0) {
-          FOR_EACH_OF_FOUR {
-            g[i] = i < count ? stage[(row - top) * pitch + t.column + i] : 0.0f;
-          }
-        } else {
-          load_four(
-              slots.gradient + t.gradient + row * tensor.row_stride +
-                  column * tensor.column_stride,
-              tensor.column_stride,
-              count,
-              tensor.vectorized != 0,
-              g);
-        }
-        const float down =
-            factors[tensor.down_factors + t.matrix * tensor.rows + row] * root;
-        const int64_t place =
-            (t.matrix * tensor.rows + row) * tensor.columns + column;
+        load_gradient(slots.gradient, tensor, t, part, row, column, count, g);
+        const int64_t place = (t.matrix * tensor.rows + row) * tensor.columns +
+            (count > 0 ? column : 0);
         const bool vectorized = tensor.parameter_vectorized != 0 &&
             tensor.columns % 4 == 0;
         float p[4];

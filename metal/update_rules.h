@@ -374,12 +374,12 @@ struct Adafactor {
   }
 
   // The first moment takes the update's place.
-  void average(thread T & u, thread T & exp_avg) const thread {
+  void average(thread T& u, thread T& exp_avg) const thread {
     exp_avg = moving_average(beta1, exp_avg, u);
     u = exp_avg;
   }
 
-  void write(T u, T scaled_rate, thread T & p) const thread {
+  void write(T u, T scaled_rate, thread T& p) const thread {
     if (weight_decay.value != 0) {
       p = p - p * (weight_decay.value * scaled_rate);
     }

@@ -319,7 +319,8 @@ class Task {
         tensor.slots.push_back(std::move(slot));
       }
     }
-    const auto read = [&]<typename T>(Scalar<T>& scalar, mlx_fused::Scalar kind) {
+    const auto read = [&]<typename T>(Scalar<T>& scalar,
+                                      mlx_fused::Scalar kind) {
       if (layout.has[kind]) {
         const auto& a = inputs[layout.input(kind)];
         scalar = {reinterpret_cast<const T*>(hold(a).data),
@@ -428,23 +429,23 @@ class Task {
   void sum_squares(Tensor& t, int64_t piece) const {
     alignas(64) float buffer[segment];
     const auto& m = t.walked;
-    t.cut.each(piece, [&](int64_t matrix, int64_t band, int64_t row,
-                          int64_t end) {
-      float* columns =
-          t.band_sums.data() + (matrix * t.cut.bands + band) * m.columns;
-      for (; row < end; ++row) {
-        double sum = 0;
-        for (int64_t column = 0; column < m.columns; column += segment) {
-          const int64_t n = std::min(segment, m.columns - column);
-          const float* g = m.load(matrix, row, column, n, t.scale, buffer);
-          float* sums = columns + column;
-          sum += sum_of_squares(
-              n, [=](int64_t i) { return g[i]; },
-              [=](int64_t i, float square) { sums[i] += square; });
-        }
-        t.down[matrix * m.rows + row] = static_cast<float>(sum);
-      }
-    });
+    t.cut.each(
+        piece, [&](int64_t matrix, int64_t band, int64_t row, int64_t end) {
+          float* columns =
+              t.band_sums.data() + (matrix * t.cut.bands + band) * m.columns;
+          for (; row < end; ++row) {
+            double sum = 0;
+            for (int64_t column = 0; column < m.columns; column += segment) {
+              const int64_t n = std::min(segment, m.columns - column);
+              const float* g = m.load(matrix, row, column, n, t.scale, buffer);
+              float* sums = columns + column;
+              sum += sum_of_squares(
+                  n, [=](int64_t i) { return g[i]; },
+                  [=](int64_t i, float square) { sums[i] += square; });
+            }
+            t.down[matrix * m.rows + row] = static_cast<float>(sum);
+          }
+        });
     if (t.rule.scale_parameter.value == 0) {
       return;
     }
@@ -533,8 +534,7 @@ class Task {
           const float* g = m.load(matrix, row, column, n, t.scale, buffer);
           const float* across = t.across.data() + matrix * m.columns + column;
           sum += sum_of_squares(
-              n,
-              [&](int64_t i) { return direction(down, across[i], g[i]); },
+              n, [&](int64_t i) { return direction(down, across[i], g[i]); },
               [](int64_t, float) {});
         }
       }
@@ -569,8 +569,7 @@ class Task {
         for (int64_t column = 0; column < m.columns; column += segment) {
           const int64_t n = std::min(segment, m.columns - column);
           if (is_turned) {
-            const int64_t at =
-                m.place(matrix) + top + column * m.column_stride;
+            const int64_t at = m.place(matrix) + top + column * m.column_stride;
             cpu::loops().turn(m.memory.itemsize, m.memory.at(at),
                               m.column_stride, rows, n, block);
           }
@@ -578,10 +577,9 @@ class Task {
           turned.data = block;
           for (int64_t i = 0; i < rows; ++i) {
             const float* g =
-                is_turned
-                    ? Matrices::scaled(load(turned, i * n, n, buffer), n,
-                                       t.scale, buffer)
-                    : m.load(matrix, top + i, column, n, t.scale, buffer);
+                is_turned ? Matrices::scaled(load(turned, i * n, n, buffer), n,
+                                             t.scale, buffer)
+                          : m.load(matrix, top + i, column, n, t.scale, buffer);
             write_row(t, matrix, top + i, column, n, g);
           }
         }

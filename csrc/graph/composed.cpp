@@ -84,7 +84,8 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
         // As in mlx.optimizers: Adafactor's multiplies a root.
         const bool is_whole =
             rule.is_factored() && !mx::issubdtype(dtype, mx::inexact);
-        rate = mx::astype(scalar(learning_rate), is_whole ? mx::float32 : dtype);
+        rate =
+            mx::astype(scalar(learning_rate), is_whole ? mx::float32 : dtype);
       }
       if (layout.has[step]) {
         count = !is_usual && mx::issubdtype(dtype, mx::floating)

@@ -20,8 +20,8 @@ void apply_factored(const Hyperparameters& hyperparameters, const Node& rate,
     slots[1] = rule.running_mean(slots[1], mx::mean(squares, -1));
     slots[2] = rule.running_mean(slots[2], mx::mean(squares, -2));
     const auto mean = mx::mean(slots[1].array(), -1, /*keepdims=*/true);
-    row = mx::expand_dims(
-        (rule.factor(slots[1]) * square_root(mean)).array(), -1);
+    row = mx::expand_dims((rule.factor(slots[1]) * square_root(mean)).array(),
+                          -1);
     column = mx::expand_dims(rule.factor(slots[2]).array(), -2);
   } else {
     slots[1] = rule.running_mean(slots[1], squares);

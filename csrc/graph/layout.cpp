@@ -12,7 +12,8 @@ mx::Dtype promoted(const RuleTraits& rule, const std::vector<mx::Dtype>& slots,
   }
   // A state takes in the gradient; everything else, the states too. Adafactor's
   // take in the parameter's scale.
-  if (role == Role::state && !rule.is_factored() && !rule.slots.back().is_written) {
+  if (role == Role::state && !rule.is_factored() &&
+      !rule.slots.back().is_written) {
     return mx::promote_types(slots[slot], slots.back());
   }
   auto widest = slots[slot];

@@ -41,10 +41,12 @@ enum Shared {
   walks,
   first_scalar,  // and the others, as in graph/layout.h
 };
-const char* const shared_types[first_scalar] = {
-    "float* partials", "float* factors",
-    "float* updates",  "constant float* numbers",
-    "",                "constant int64_t* walks"};
+const char* const shared_types[first_scalar] = {"float* partials",
+                                                "float* factors",
+                                                "float* updates",
+                                                "constant float* numbers",
+                                                "",
+                                                "constant int64_t* walks"};
 
 // One array of a tensor as a kernel takes it.
 struct Argument {
@@ -102,9 +104,9 @@ std::string Pass::source(const std::vector<mx::Dtype>& dtypes) const {
       add(std::string("constant ") + type + "* " + scalar);
     } else {
       const std::string type = shared_types[kind];
-      add(type[0] == 'c'     ? type
+      add(type[0] == 'c'   ? type
           : kind == output ? "device " + type
-                             : "const device " + type);
+                           : "const device " + type);
     }
   }
   return factored_source + "\n[[kernel]] void " + full_name(dtypes) + "(\n" +
@@ -113,13 +115,13 @@ std::string Pass::source(const std::vector<mx::Dtype>& dtypes) const {
          "    uint thread_index [[thread_position_in_threadgroup]],\n"
          "    uint simdgroup [[simdgroup_index_in_threadgroup]],\n"
          "    uint lane [[thread_index_in_simdgroup]]) {\n" +
-         declarations + "  const Thread at = {thread_index, simdgroup, lane};\n" +
+         declarations +
+         "  const Thread at = {thread_index, simdgroup, lane};\n" +
          "  const uint i = " + index + ";\n" + choice + call + "}\n";
 }
 
-std::string declare_shared(const std::string& size) {
-  return "  threadgroup float shared[" + size + "];\n";
-}
+const std::string declare_shared =
+    "  threadgroup float shared[factored_threads / 32 * simdgroup_columns];\n";
 
 // The value of a scalar for a kernel's tensor.
 std::string value(Scalar kind) {
@@ -141,7 +143,8 @@ std::array<Pass, 4> passes_of(const RuleTraits& rule,
   const int column = rule.means, moment = rule.means + 1;
   const bool has_moment = moment < gradient;
   const auto scalar = [](Scalar kind) { return first_scalar + kind; };
-  std::vector<Argument> means = {{"column", column}, {"new_column", column, true}};
+  std::vector<Argument> means = {{"column", column},
+                                 {"new_column", column, true}};
   if (rule.means == 2) {
     means.insert(means.end(), {{"row", 1}, {"new_row", 1, true}});
   }
@@ -151,7 +154,8 @@ std::array<Pass, 4> passes_of(const RuleTraits& rule,
     written.insert(written.end(),
                    {{"moment", moment}, {"new_moment", moment, true}});
   }
-  const std::string row = rule.means == 2 ? "row, new_row" : "column, new_column";
+  const std::string row =
+      rule.means == 2 ? "row, new_row" : "column, new_column";
   const auto types = "WriteSlots<" + metal_type(dtypes[0]) + ", " +
                      metal_type(dtypes[gradient]) + ", " +
                      metal_type(dtypes[has_moment ? moment : 0]) + ">";
@@ -166,7 +170,7 @@ std::array<Pass, 4> passes_of(const RuleTraits& rule,
            partials,
            "  sum_squares(parameter, gradient, tensors[i], walks, " +
                value(gradient_scale) + ", partials, shared, tile, at);\n",
-           declare_shared("factored_threads / 32 * simdgroup_columns")},
+           declare_shared},
       Pass{"means",
            means,
            6,
@@ -176,7 +180,7 @@ std::array<Pass, 4> passes_of(const RuleTraits& rule,
            declare_rule("0") + "  update_means(" + row +
                ", column, new_column, tensors[i], rule, " + value(skip) +
                ", partials, factors, shared, tile, at);\n",
-           declare_shared("factored_threads / 32"),
+           declare_shared,
            "tensor_of_group(tile, tensors)"},
       Pass{"squares",
            {{"gradient", gradient}},
@@ -186,7 +190,7 @@ std::array<Pass, 4> passes_of(const RuleTraits& rule,
            "  sum_update_squares(gradient, tensors[i], walks, " +
                value(gradient_scale) +
                ", factors, updates, shared, tile, at);\n",
-           declare_shared("factored_threads / 32")},
+           declare_shared},
       Pass{has_moment ? "write_moment" : "write",
            written,
            has_moment ? 4u : 6u,
@@ -200,9 +204,7 @@ std::array<Pass, 4> passes_of(const RuleTraits& rule,
                ">(slots, tensors[i], walks, rule, " + value(gradient_scale) +
                ", " + value(skip) +
                ", partials, factors, updates, shared, stage, tile, at);\n",
-           declare_shared("factored_threads / 32") +
-               "  threadgroup float stage[turned_rows * "
-               "(simdgroup_columns + 1)];\n"},
+           declare_shared + "  threadgroup float stage[stage_size];\n"},
   };
 }
 
@@ -242,8 +244,8 @@ FactoredTensor walked(const mx::array& g, bool swaps,
   const int64_t growth = divided_up(t.size, tile_elements * most_tiles);
   t.tile_columns = rounded_up(
       std::min(t.columns, tile_elements / std::min(t.rows, height)), at_once);
-  t.tile_rows = std::min(
-      t.rows, growth * std::max(height, tile_elements / t.columns));
+  t.tile_rows =
+      std::min(t.rows, growth * std::max(height, tile_elements / t.columns));
   t.tiles_down = divided_up(t.rows, t.tile_rows);
   t.tiles_across = divided_up(t.columns, t.tile_columns);
   return t;
@@ -266,7 +268,8 @@ class Space {
  public:
   uint32_t take(int64_t size) { return std::exchange(size_, size_ + size); }
   mx::array array(mx::Stream stream) const {
-    mx::array a({std::max(static_cast<int>(size_), 1)}, mx::float32, nullptr, {});
+    mx::array a({std::max(static_cast<int>(size_), 1)}, mx::float32, nullptr,
+                {});
     allocate(a);
     mx::metal::get_command_encoder(stream).add_temporary(a);
     return a;
@@ -299,9 +302,10 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
   std::vector<float> all_numbers;
   std::vector<uint32_t> first_number;
   std::vector<bool> scales_parameter;
-  const auto scaling = std::find(rule.hyperparameters.begin(),
-                                 rule.hyperparameters.end(), "scale_parameter") -
-                       rule.hyperparameters.begin();
+  const auto scaling =
+      std::find(rule.hyperparameters.begin(), rule.hyperparameters.end(),
+                "scale_parameter") -
+      rule.hyperparameters.begin();
   for (const auto& set : *update.sets) {
     const auto of_set = numbers(set);
     first_number.push_back(all_numbers.size());
@@ -340,15 +344,17 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
       continue;
     }
     auto& writing = tensor.writing = walked(g, false, walk_entries);
-    const bool is_transposed =
-        rule.means == 2 && writing.row_stride == 1 && writing.column_stride != 1;
+    const bool is_transposed = rule.means == 2 && writing.row_stride == 1 &&
+                               writing.column_stride != 1;
     writing.is_staged = is_transposed && writing.rows >= worth_staging;
+    writing.is_whole = tiles_of(writing) == 1 &&
+                       writing.rows * (writing.columns + 1) <= stage_size;
     writing.is_vector = rule.means == 1;
     writing.parameter_vectorized = 1;
     for (const int slot : {0, rule.means + 1}) {
       if (slot != gradient) {
-        writing.parameter_vectorized &=
-            is_aligned(tensor.sources[slot]) && is_aligned(tensor.targets[slot]);
+        writing.parameter_vectorized &= is_aligned(tensor.sources[slot]) &&
+                                        is_aligned(tensor.targets[slot]);
       }
     }
     const auto& entry = update.entries[i];
@@ -362,12 +368,13 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
     auto& reading = tensor.reading = walked(g, is_transposed, walk_entries);
     const int64_t matrices = matrices_of(reading);
     reading.is_vector = writing.is_vector;
+    reading.is_whole = writing.is_whole;
     reading.numbers = writing.numbers;
     std::copy_n(writing.scalars, scalar_count, reading.scalars);
     reading.parameter_vectorized = writing.parameter_vectorized;
     reading.sums = tiles_of(reading);
     if (scales_parameter[entry.hyperparameters]) {
-      reading.parameter_share = 
+      reading.parameter_share =
           rounded_up(divided_up(reading.size, reading.sums), 4);
     }
     reading.row_groups = divided_up(writing.rows, factored_threads);
@@ -375,8 +382,8 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
     reading.across_sums =
         partial_space.take(matrices * reading.rows *
                            divided_up(reading.columns, simdgroup_columns));
-    reading.down_sums = partial_space.take(matrices * reading.tiles_down *
-                                           reading.columns);
+    reading.down_sums =
+        partial_space.take(matrices * reading.tiles_down * reading.columns);
     reading.parameter_sums = partial_space.take(reading.sums);
     reading.down_factors = factor_space.take(matrices * reading.rows);
     reading.across_factors = factor_space.take(matrices * reading.columns);
@@ -413,11 +420,16 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
                                              : tensors[i].reading);
         t.first_tile = end.first_tile;
         t.first_group = end.first_group;
-        end.first_tile += tiles_of(t);
-        end.first_group +=
-            matrices_of(t) * (t.row_groups + t.column_groups);
+        end.first_tile +=
+            pass.name == "squares" && t.is_whole ? 0 : tiles_of(t);
+        end.first_group += matrices_of(t) * (t.row_groups + t.column_groups);
       }
       table.push_back(end);
+      const uint32_t threadgroups =
+          pass.name == "means" ? end.first_group : end.first_tile;
+      if (threadgroups == 0) {
+        continue;
+      }
       encoder.set_compute_pipeline_state(pipelines[number]);
       int index = 0;
       for (size_t place = 0; place < pass.tensors; ++place) {
@@ -453,10 +465,8 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
           encoder.set_input_array(between[kind], index++);
         }
       }
-      encoder.dispatch_threadgroups(
-          MTL::Size(pass.name == "means" ? end.first_group : end.first_tile, 1,
-                    1),
-          MTL::Size(factored_threads, 1, 1));
+      encoder.dispatch_threadgroups(MTL::Size(threadgroups, 1, 1),
+                                    MTL::Size(factored_threads, 1, 1));
     }
   }
   placement.commit();

@@ -10,7 +10,11 @@ from .base import paths
 
 
 def refuse_complex(
-    name: str, tree: Any, parameters: list[Any], gradients: list[Any], least_ndim: int = 0
+    name: str,
+    tree: Any,
+    parameters: list[Any],
+    gradients: list[Any],
+    least_ndim: int = 0,
 ) -> None:
     """Raise TypeError for complex arrays: upstream's formulas are wrong for them."""
     for i, arrays in enumerate(zip(parameters, gradients, strict=True)):

@@ -122,7 +122,9 @@ class Muon(FusedOptimizer, stock.Muon):
         name = type(self).__name__
         refuse_complex(name, leaves.tree, parameters, leaves.gradients, 2)
         sets, set_of = self._sets(leaves)
-        decays = [sets[0 if set_of is None else k]["weight_decay"] for k in set_of or [0]]
+        decays = [
+            sets[0 if set_of is None else k]["weight_decay"] for k in set_of or [0]
+        ]
         if set_of is None:
             decays *= len(parameters)
         if self.decoupled_weight_decay:
@@ -217,8 +219,8 @@ def _polynomials(
     if isinstance(coefficients, str):
         if coefficients != "polar_express":
             raise ValueError(
-                f'ns_coefficients should be triples or "polar_express", "{coefficients}" '
-                "was provided instead"
+                'ns_coefficients should be triples or "polar_express", '
+                f'"{coefficients}" was provided instead'
             )
         safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS]
         return [*safe[:-1], POLAR_EXPRESS[-1]], SAFETY
