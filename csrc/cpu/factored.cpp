@@ -27,9 +27,6 @@ constexpr int64_t segment = cpu::block_size;
 constexpr int64_t turned_rows = 64;
 constexpr int64_t worth_turning = 8;
 
-// Values that are added side by side in float32, and then in double.
-constexpr int sum_lanes = 16;
-
 struct Memory {
   char* data = nullptr;
   mx::Dtype::Val dtype = mx::Dtype::Val::float32;
@@ -191,56 +188,6 @@ struct Cut {
   }
 };
 
-double total(const float (&lanes)[sum_lanes]) {
-  double sum = 0;
-  for (const float lane : lanes) {
-    sum += lane;
-  }
-  return sum;
-}
-
-// The sum of f(i)^2, each of which is_seen.
-template <typename F, typename Seen>
-double sum_of_squares(int64_t n, F f, Seen is_seen) {
-  float lanes[sum_lanes] = {};
-  int64_t i = 0;
-  for (; i + sum_lanes <= n; i += sum_lanes) {
-    for (int lane = 0; lane < sum_lanes; ++lane) {
-      const float x = f(i + lane);
-      lanes[lane] += x * x;
-      is_seen(i + lane, x * x);
-    }
-  }
-  for (; i < n; ++i) {
-    const float x = f(i);
-    lanes[i % sum_lanes] += x * x;
-    is_seen(i, x * x);
-  }
-  return total(lanes);
-}
-
-template <bool has_moment>
-void write_update(const Adafactor<float>& rule, float row, const float* column,
-                  const float* g, float size, float scaled_rate, int64_t n,
-                  const float* p, const float* m, float* new_p, float* new_m) {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep
-#endif
-  for (int64_t i = 0; i < n; ++i) {
-    float u = direction(row, column[i], g[i]) * size;
-    if constexpr (has_moment) {
-      float exp_avg = m[i];
-      rule.average(u, exp_avg);
-      new_m[i] = exp_avg;
-    }
-    float x = p[i];
-    rule.write(u, scaled_rate, x);
-    new_p[i] = x;
-  }
-}
-
 struct Slot {
   Memory source, target;
   std::optional<Walk> walk = {};  // of a source that is not row-contiguous
@@ -264,6 +211,7 @@ struct Tensor {
   Cut cut = write_cut;
   bool is_swapped = false;
   std::vector<Slot> slots = {};
+  const float* numbers = nullptr;
   Adafactor<float> rule = {};
   bool is_skipped = false;
   float scale = 1;
@@ -369,6 +317,7 @@ class Task {
       return;
     }
     const auto& numbers = numbers_[entry.hyperparameters];
+    t.numbers = numbers.data();
     std::memcpy(static_cast<void*>(&t.rule), numbers.data(),
                 numbers.size() * sizeof(float));
     t.rule.prepare(rate_.of(entry, 0), static_cast<float>(step_.of(entry, 0)));
@@ -439,9 +388,7 @@ class Task {
               const int64_t n = std::min(segment, m.columns - column);
               const float* g = m.load(matrix, row, column, n, t.scale, buffer);
               float* sums = columns + column;
-              sum += sum_of_squares(
-                  n, [=](int64_t i) { return g[i]; },
-                  [=](int64_t i, float square) { sums[i] += square; });
+              sum += cpu::loops().sum_squares(g, n, sums);
             }
             t.down[matrix * m.rows + row] = static_cast<float>(sum);
           }
@@ -455,8 +402,7 @@ class Task {
     for (int64_t i = piece * share; i < end; i += segment) {
       const int64_t n = std::min(segment, end - i);
       const float* p = load(t.slots[0].source, i, n, buffer);
-      sum += sum_of_squares(
-          n, [=](int64_t i) { return p[i]; }, [](int64_t, float) {});
+      sum += cpu::loops().sum_squares(p, n, nullptr);
     }
     t.parameter_sums[piece] = sum;
   }
@@ -533,9 +479,7 @@ class Task {
           const int64_t n = std::min(segment, m.columns - column);
           const float* g = m.load(matrix, row, column, n, t.scale, buffer);
           const float* across = t.across.data() + matrix * m.columns + column;
-          sum += sum_of_squares(
-              n, [&](int64_t i) { return direction(down, across[i], g[i]); },
-              [](int64_t, float) {});
+          sum += cpu::loops().sum_direction(down, across, g, n);
         }
       }
     });
@@ -596,20 +540,26 @@ class Task {
     const float* factors =
         t.column_factors().data() + matrix * m.columns + column;
     const auto& parameter = t.slots[0];
-    const float* old_p = load(parameter.source, start, n, p);
-    float* new_p = destination(parameter.target, start, p);
+    cpu::FactoredRow arrays{t.numbers,
+                            row_factor,
+                            factors,
+                            g,
+                            t.clipped_rate,
+                            t.scaled_rate,
+                            load(parameter.source, start, n, p),
+                            destination(parameter.target, start, p),
+                            nullptr,
+                            nullptr};
     if (has_moment_) {
       const auto& moment = t.slots[means_ + 1];
-      const float* old_m = load(moment.source, start, n, exp_avg);
-      float* new_m = destination(moment.target, start, exp_avg);
-      write_update<true>(t.rule, row_factor, factors, g, t.clipped_rate,
-                         t.scaled_rate, n, old_p, old_m, new_p, new_m);
-      store(moment.target, start, n, new_m);
+      arrays.moment = load(moment.source, start, n, exp_avg);
+      arrays.new_moment = destination(moment.target, start, exp_avg);
+      cpu::loops().write_factored(arrays, n);
+      store(moment.target, start, n, arrays.new_moment);
     } else {
-      write_update<false>(t.rule, row_factor, factors, g, t.clipped_rate,
-                          t.scaled_rate, n, old_p, nullptr, new_p, nullptr);
+      cpu::loops().write_factored(arrays, n);
     }
-    store(parameter.target, start, n, new_p);
+    store(parameter.target, start, n, arrays.new_parameter);
   }
 
   int means_;

@@ -79,17 +79,18 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
         slots.back() =
             mx::astype(slots.back().array() * scalar(gradient_scale), dtype);
       }
+      // Adafactor multiplies its scalars with the parameter's root mean square.
+      const auto like = rule.is_factored() ? slots[0].array().dtype() : dtype;
+      const bool is_whole =
+          rule.is_factored() && !mx::issubdtype(like, mx::inexact);
+      const auto scalar_dtype = is_whole ? mx::float32 : like;
       Node rate, count;
       if (layout.has[learning_rate]) {
-        // As in mlx.optimizers: Adafactor's multiplies a root.
-        const bool is_whole =
-            rule.is_factored() && !mx::issubdtype(dtype, mx::inexact);
-        rate =
-            mx::astype(scalar(learning_rate), is_whole ? mx::float32 : dtype);
+        rate = mx::astype(scalar(learning_rate), scalar_dtype);
       }
       if (layout.has[step]) {
-        count = !is_usual && mx::issubdtype(dtype, mx::floating)
-                    ? mx::astype(scalar(step), dtype)
+        count = !is_usual && mx::issubdtype(scalar_dtype, mx::floating)
+                    ? mx::astype(scalar(step), scalar_dtype)
                     : scalar(step);
       }
       const Apply apply =

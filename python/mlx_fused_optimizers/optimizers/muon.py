@@ -197,13 +197,14 @@ class Muon(FusedOptimizer, stock.Muon):
         polynomials, safety = _polynomials(self.ns_coefficients)
         if dtype in FUSED_DTYPES:
             x = x.astype(mx.float32)
-        # By the largest first, so that no square overflows.
+        # First by a power of two near the largest, so that no square overflows.
         axes = {"axis": (-2, -1), "keepdims": True}
         largest = mx.maximum(mx.max(x, **axes), -mx.min(x, **axes))
-        largest = mx.where(largest > 0, largest, 1)
-        x = x / largest
+        exponent = mx.floor(mx.log2(mx.maximum(largest, 1e-30)))
+        scale = mx.stop_gradient(mx.power(2.0, exponent))
+        x = x / scale
         norm = mx.sqrt(mx.sum(mx.square(x), **axes))
-        x = (x / (norm * safety + 1e-7 / largest)).astype(working)
+        x = (x / (norm * safety + 1e-7 / scale)).astype(working)
         for step in range(self.ns_steps):
             a, b, c = polynomials[min(step, len(polynomials) - 1)]
             gram = x @ x.swapaxes(-1, -2)
