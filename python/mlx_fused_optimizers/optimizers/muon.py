@@ -184,9 +184,11 @@ class Muon(FusedOptimizer, stock.Muon):
         matrices = [_wide(x) for x in directions]
         batch = mx.stack(matrices) if len(matrices) > 1 else matrices[0][None]
         batch = self._newton_schulz(batch)
+        # Slices are views, where indexing with a number would copy.
+        parts = [batch[i : i + 1] for i in range(len(directions))]
         return [
-            mx.reshape(batch[i].T if _is_tall(x) else batch[i], x.shape)
-            for i, x in enumerate(directions)
+            (x.swapaxes(-1, -2) if _is_tall(like) else x).reshape(like.shape)
+            for x, like in zip(parts, directions, strict=True)
         ]
 
     def _newton_schulz(self, x: mx.array) -> mx.array:
@@ -208,8 +210,8 @@ class Muon(FusedOptimizer, stock.Muon):
         for step in range(self.ns_steps):
             a, b, c = polynomials[min(step, len(polynomials) - 1)]
             gram = x @ x.swapaxes(-1, -2)
-            factor = mx.addmm(b * gram, gram, gram, beta=1.0, alpha=c)
-            x = mx.addmm(a * x, factor, x, beta=1.0, alpha=1.0)
+            factor = mx.addmm(gram, gram, gram, beta=b, alpha=c)
+            x = mx.addmm(x, factor, x, beta=a)
         return x.astype(dtype)
 
 
