@@ -332,7 +332,8 @@ def test_transforms(backend: str, options: dict[str, Any]) -> None:
             optimizer = module.Adafactor(**options)
             for _ in range(2):
                 w = optimizer.apply_gradients({"w": g * w}, {"w": w})["w"]
-            return w + optimizer.state["w"]["exp_avg_sq_row"][..., None]
+            result: mx.array = w + optimizer.state["w"]["exp_avg_sq_row"][..., None]
+            return result
 
         def loss(w: mx.array, step: Any = step) -> mx.array:
             return mx.square(step(w, gradient)).sum()

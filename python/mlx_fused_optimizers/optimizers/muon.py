@@ -110,12 +110,15 @@ class Muon(FusedOptimizer, stock.Muon):
             self, learning_rate, momentum, weight_decay, nesterov, ns_steps
         )
         _polynomials(ns_coefficients)  # raises for what is none
-        self.ns_coefficients = ns_coefficients
+        # Only then, so that checkpoints stay those of mlx.optimizers by default.
+        if ns_coefficients != JORDAN:
+            self.ns_coefficients = ns_coefficients
         self.decoupled_weight_decay = decoupled_weight_decay
         self.matrix_scale = matrix_scale
         self._set_options(**options)
 
     rule = "MuonMoment"
+    ns_coefficients: Triple | Sequence[Triple] | str = JORDAN
 
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
         parameters = leaves.parameters
@@ -185,9 +188,9 @@ class Muon(FusedOptimizer, stock.Muon):
         batch = mx.stack(matrices) if len(matrices) > 1 else matrices[0][None]
         batch = self._newton_schulz(batch)
         # Slices are views, where indexing with a number would copy.
-        parts = [batch[i : i + 1] for i in range(len(directions))]
+        parts = [batch[i : i + 1].squeeze(0) for i in range(len(directions))]
         return [
-            (x.swapaxes(-1, -2) if _is_tall(like) else x).reshape(like.shape)
+            (x.T if _is_tall(like) else x).reshape(like.shape)
             for x, like in zip(parts, directions, strict=True)
         ]
 
@@ -200,12 +203,14 @@ class Muon(FusedOptimizer, stock.Muon):
         if dtype in FUSED_DTYPES:
             x = x.astype(mx.float32)
         # First by a power of two near the largest, so that no square overflows.
-        axes = {"axis": (-2, -1), "keepdims": True}
-        largest = mx.maximum(mx.max(x, **axes), -mx.min(x, **axes))
+        axes = (-2, -1)
+        largest = mx.maximum(
+            mx.max(x, axis=axes, keepdims=True), -mx.min(x, axis=axes, keepdims=True)
+        )
         exponent = mx.floor(mx.log2(mx.maximum(largest, 1e-30)))
         scale = mx.stop_gradient(mx.power(2.0, exponent))
         x = x / scale
-        norm = mx.sqrt(mx.sum(mx.square(x), **axes))
+        norm = mx.sqrt(mx.sum(mx.square(x), axis=axes, keepdims=True))
         x = (x / (norm * safety + 1e-7 / scale)).astype(working)
         for step in range(self.ns_steps):
             a, b, c = polynomials[min(step, len(polynomials) - 1)]
