@@ -216,7 +216,9 @@ def test_what_stock_does_with_other_dtypes(
             results.append([updated, optimizer.state])
         except (ValueError, RuntimeError, TypeError) as error:
             results.append(type(error))
-    if isinstance(results[1], type):
+    if dtype == mx.complex64 and name in ("Adafactor", "Muon"):
+        assert results[0] is TypeError  # stock's formulas are wrong for matrices
+    elif isinstance(results[1], type):
         assert isinstance(results[0], type)
     else:
         (mine, state), (theirs, stock_state) = results

@@ -18,6 +18,8 @@
 #define MLX_FUSED_VECTORIZE _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
+#include "cpu/factored_loops.h"
+
 namespace mlx_fused::cpu {
 
 namespace {
@@ -408,6 +410,9 @@ const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
                                update<Float16>,
                                update<BFloat16>,
                                add_squares,
+                               sum_squares,
+                               sum_direction,
+                               write_factored_row,
                                turn,
                                Float16::load,
                                Float16::store,
