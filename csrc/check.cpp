@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "graph/composed.h"
+#include "graph/formats.h"
 #include "graph/fused_update.h"
 #include "graph/sums_of_squares.h"
 #include "metal/backend.h"
@@ -85,17 +86,18 @@ std::optional<std::string> compare(const mx::array& actual,
 }
 
 std::mutex trust_mutex;
-using Key = std::tuple<const RuleTraits*, std::vector<mx::Dtype::Val>,
+using Key = std::tuple<const RuleTraits*,
+                       std::vector<std::pair<mx::Dtype::Val, Storage>>,
                        mx::Device::DeviceType>;
 std::map<Key, bool> trust;
 std::string failures;
 
-std::vector<mx::Dtype::Val> vals(const std::vector<mx::Dtype>& dtypes) {
-  std::vector<mx::Dtype::Val> result;
-  for (const auto dtype : dtypes) {
-    result.push_back(dtype.val());
+Key key_of(const RuleTraits* rule, const Formats& formats, mx::Stream stream) {
+  Key key{rule, {}, stream.device.type};
+  for (const auto& format : formats) {
+    std::get<1>(key).emplace_back(format.dtype.val(), format.storage);
   }
-  return result;
+  return key;
 }
 
 template <typename Check>
@@ -115,27 +117,48 @@ bool look_up(const Key& key, const std::string& name, const Check& check) {
   return !failure;
 }
 
-std::string describe(const std::vector<mx::Dtype>& dtypes) {
+std::string describe(const Formats& formats) {
   std::ostringstream text;
-  for (const auto dtype : dtypes) {
-    text << " " << dtype;
+  for (const auto& format : formats) {
+    text << " ";
+    if (format.storage != Storage::plain) {
+      text << name_of(format.storage);
+    }
+    if (!format.has_codes()) {
+      text << format.dtype;
+    }
   }
   return text.str();
+}
+
+// What a slot's values may differ by: for codes, by a code.
+double tolerance(const Format& format) {
+  return format.storage == Storage::codes8    ? 0.07
+         : format.storage == Storage::codes4  ? 1.5
+         : format.storage == Storage::split24 ? 1.0 / (1 << 14)
+         : format.storage == Storage::split32 ? 1e-5
+                                              : tolerance(format.dtype);
 }
 
 }  // namespace
 
 std::optional<std::string> check_update(const RuleTraits& rule,
-                                        const std::vector<mx::Dtype>& dtypes,
+                                        const Formats& formats,
                                         mx::Stream stream) try {
   const mx::StreamContext context(stream);
-  const int tensors = static_cast<int>(max_group_size(rule));
+  const bool is_random = formats[0].storage == Storage::stochastic;
+  const int tensors = static_cast<int>(max_group_size(rule, formats));
   GroupUpdate update{
-      {&rule, tensors, {rule.reads_learning_rate, rule.reads_step, true, true}},
+      std::make_shared<GroupLayout>(
+          rule, tensors,
+          std::array<bool, scalar_count>{rule.reads_learning_rate,
+                                         rule.reads_step || is_random, true,
+                                         true, is_random},
+          formats),
       nullptr,
       {},
       true};
-  const auto& layout = update.layout;
+  const auto& layout = *update.layout;
   // Each tensor has scalars of its own: every second one decays, the first is
   // skipped.
   auto plain = check_hyperparameters(rule);
@@ -146,51 +169,74 @@ std::optional<std::string> check_update(const RuleTraits& rule,
   }
   update.sets =
       std::make_shared<const Sets>(Sets{check_hyperparameters(rule), plain});
-  Arrays inputs;
+  // What the kernel gets, and plain operations, in float32 where it is plain.
+  Arrays inputs, wide;
+  const auto put = [&](const mx::array& a, bool widens) {
+    inputs.push_back(a);
+    wide.push_back(widens ? mx::astype(a, mx::float32) : a);
+  };
   std::vector<float> rates, scales;
-  for (int tensor = 0; tensor < tensors; ++tensor) {
-    update.entries.push_back(
-        {static_cast<uint32_t>(tensor % 2), static_cast<uint32_t>(tensor)});
+  for (uint32_t tensor = 0; tensor < static_cast<uint32_t>(tensors); ++tensor) {
+    update.entries.push_back({tensor % 2, tensor, tensor});
     rates.push_back(0.1f / static_cast<float>(tensor + 1));
     scales.push_back(0.75f - 0.1f * static_cast<float>(tensor));
     for (int slot = 0; slot < layout.slots(); ++slot) {
+      const auto& format = formats[slot];
       auto shape =
           rule.means == 2 ? check_matrices[tensor] : check_shapes[tensor];
       if (rule.means == 1 && shape.size() > 1) {
         shape = {shape[0] * shape[1]};
       }
-      const auto a =
-          sample(rule.shape(slot, shape), dtypes[slot], inputs.size());
+      const auto a = sample(rule.shape(slot, shape),
+                            format.has_companion() ? mx::float32 : format.dtype,
+                            inputs.size());
       const bool is_gradient = slot + 1 == layout.slots();
-      inputs.push_back(is_gradient ? transposed(a) : a);
+      if (format.has_companion()) {
+        const auto [values, companion] =
+            format.has_codes() ? encode(format, a) : split(format, a);
+        put(values, false);
+        put(companion, false);
+      } else {
+        put(is_gradient ? transposed(a) : a, format.storage == Storage::plain);
+      }
     }
   }
   if (rule.reads_learning_rate) {
-    inputs.push_back(mx::array(rates.begin(), {tensors}));
+    put(mx::array(rates.begin(), {tensors}), false);
   }
-  if (rule.reads_step) {
+  if (layout.has[step]) {
     // At step 1 Adafactor forgets its means.
-    inputs.push_back(mx::array(uint64_t{rule.is_factored() ? 3u : 1u}));
+    put(mx::array(uint64_t{rule.is_factored() ? 3u : 1u}), false);
   }
-  inputs.push_back(mx::array(scales.begin(), {tensors}));
-  inputs.push_back(mx::equal(mx::arange(tensors), mx::array(0)));
+  put(mx::array(scales.begin(), {tensors}), false);
+  put(mx::equal(mx::arange(tensors), mx::array(0)), false);
+  if (is_random) {
+    put(mx::array(uint32_t{7}), false);
+  }
   // Held by us, so the kernel works on copies.
   mx::eval(inputs);
 
-  Arrays wide;
-  for (const auto& input : inputs) {
-    wide.push_back(mx::issubdtype(input.dtype(), mx::floating)
-                       ? mx::astype(input, mx::float32)
-                       : input);
-  }
   auto expected = composed_update(update, /*keep_dtypes=*/true, stream)(wide);
   auto actual = FusedUpdate::make_outputs(
-      std::make_shared<FusedUpdate>(stream, std::move(update)),
-      std::move(inputs), {});
+      std::make_shared<FusedUpdate>(stream, update), std::move(inputs), {});
   mx::eval(actual);
   for (size_t i = 0; i < actual.size(); ++i) {
-    if (auto difference =
-            compare(actual[i], expected[i], tolerance(actual[i].dtype()))) {
+    const auto& part = layout.parts[layout.written[i % layout.written.size()]];
+    const auto& format = layout.format(part);
+    auto found = actual[i], wanted = expected[i];
+    if (format.has_companion()) {
+      const int tensor = static_cast<int>(i / layout.written.size());
+      const auto& shape = wide[layout.gradient(tensor)].shape();
+      ++i;  // the second of a pair
+      const auto values = [&](const Arrays& arrays) {
+        return format.is_split()
+                   ? join(arrays[i - 1], arrays[i])
+                   : decode(format, arrays[i - 1], arrays[i], shape);
+      };
+      found = values(actual);
+      wanted = values(expected);
+    }
+    if (auto difference = compare(found, wanted, tolerance(format))) {
       return difference;
     }
   }
@@ -223,16 +269,15 @@ std::optional<std::string> check_sums(mx::Dtype dtype, mx::Stream stream) try {
   return error.what();
 }
 
-bool is_trusted(const RuleTraits& rule, const std::vector<mx::Dtype>& dtypes,
+bool is_trusted(const RuleTraits& rule, const Formats& formats,
                 mx::Stream stream) {
-  return look_up({&rule, vals(dtypes), stream.device.type},
-                 rule.name + describe(dtypes),
-                 [&] { return check_update(rule, dtypes, stream); });
+  return look_up(key_of(&rule, formats, stream), rule.name + describe(formats),
+                 [&] { return check_update(rule, formats, stream); });
 }
 
 bool is_trusted_sum(mx::Dtype dtype, mx::Stream stream) {
-  return look_up({nullptr, vals({dtype}), stream.device.type},
-                 "sums" + describe({dtype}),
+  const Formats formats = {{Storage::plain, dtype}};
+  return look_up(key_of(nullptr, formats, stream), "sums" + describe(formats),
                  [&] { return check_sums(dtype, stream); });
 }
 

@@ -6,17 +6,16 @@
 #include <string>
 #include <vector>
 
-#include "mlx/array.h"
+#include "graph/layout.h"
 #include "mlx/utils.h"
-#include "rule_traits.h"
 
 namespace mlx_fused {
 
-// What is wrong with the kernel that updates slots of these dtypes; nothing if
+// What is wrong with the kernel that updates slots of these formats; nothing if
 // it agrees. A compiler's message is such an answer.
-std::optional<std::string> check_update(
-    const RuleTraits& rule, const std::vector<mlx::core::Dtype>& dtypes,
-    mlx::core::Stream stream);
+std::optional<std::string> check_update(const RuleTraits& rule,
+                                        const Formats& formats,
+                                        mlx::core::Stream stream);
 
 // The same of the sums of squares of arrays of a dtype.
 std::optional<std::string> check_sums(mlx::core::Dtype dtype,
@@ -24,8 +23,7 @@ std::optional<std::string> check_sums(mlx::core::Dtype dtype,
 
 // Whether the kernel passes its check on this stream's device. It is checked
 // when it is first asked for; a failure is kept for take_failures().
-bool is_trusted(const RuleTraits& rule,
-                const std::vector<mlx::core::Dtype>& dtypes,
+bool is_trusted(const RuleTraits& rule, const Formats& formats,
                 mlx::core::Stream stream);
 bool is_trusted_sum(mlx::core::Dtype dtype, mlx::core::Stream stream);
 

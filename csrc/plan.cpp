@@ -14,6 +14,7 @@
 #include "graph/sums_of_squares.h"
 #include "metal/backend.h"
 #include "mlx/ops.h"
+#include "rules.h"
 
 namespace mlx_fused {
 
@@ -71,40 +72,53 @@ bool broadcasts_to(const mx::Shape& from, const mx::Shape& to) {
 // All that the plan has to know of a tensor, in bits, so that a step's plan is
 // found by comparing numbers.
 struct Signature {
-  static constexpr int dtype_bits = 4;
+  static constexpr int storage_bits = 3;
+  static constexpr int slot_bits = storage_bits + 2;  // and a kernel's dtype
   static constexpr int size_bits = 24;  // more is as good as the largest
   static constexpr uint64_t max_size = (1 << size_bits) - 1;
 
-  // slot(k) is the tensor's array in that slot.
-  template <typename F>
-  static uint64_t of(F slot, const RuleTraits& rule) {
+  static_assert(max_slots * slot_bits + 1 + size_bits <= 64);
+
+  // slot(k) is the tensor's array in that slot, storage(k) how it is held.
+  template <typename F, typename G>
+  static uint64_t of(F slot, G storage, const RuleTraits& rule) {
     const auto& shape = slot(0).shape();
     bool fits = !rule.is_factored() || (rule.means == 2) == (shape.size() > 1);
     uint64_t bits = 0;
     for (size_t k = 0; k < rule.slots.size(); ++k) {
       const auto& a = slot(k);
-      const auto& [role, is_written] = rule.slots[k];
-      const bool may_broadcast =
-          role == Role::gradient && !is_written && !rule.is_factored();
-      fits = fits && has_kernels(a.dtype()) &&
-             (rule.is_mean(k)
+      const Format held{storage(k)};
+      const bool may_broadcast = rule.slots[k].role == Role::gradient &&
+                                 !rule.slots[k].is_written &&
+                                 !rule.is_factored();
+      // The shapes of codes are checked where they are taken.
+      fits = fits && (!rule.is_factored() || held.storage == Storage::plain) &&
+             (held.has_codes() || has_kernels(a.dtype())) &&
+             (held.has_codes() ? true
+              : rule.is_mean(k)
                   ? a.shape() == rule.shape(k, shape)
                   : a.shape() == shape ||
                         (may_broadcast && broadcasts_to(a.shape(), shape)));
-      bits = bits << dtype_bits | static_cast<uint64_t>(a.dtype().val());
+      bits = bits << slot_bits |
+             static_cast<uint64_t>(held.storage) << 2 |
+             (a.dtype() == mx::float16    ? 1
+              : a.dtype() == mx::bfloat16 ? 2
+                                          : 0);
     }
     return (bits << 1 | uint64_t{fits}) << size_bits |
            std::min<uint64_t>(slot(0).size(), max_size);
   }
   static uint64_t size(uint64_t bits) { return bits & max_size; }
   static bool fits(uint64_t bits) { return bits >> size_bits & 1; }
-  // Of a tensor that fits.
-  static mx::Dtype dtype(uint64_t bits, size_t slot, size_t slots) {
-    const auto val = static_cast<mx::Dtype::Val>(
-        bits >> (size_bits + 1 + dtype_bits * (slots - 1 - slot)) & 15);
-    return val == mx::float32.val()   ? mx::float32
-           : val == mx::float16.val() ? mx::float16
-                                      : mx::bfloat16;
+  static Format format(uint64_t bits, size_t slot, const RuleTraits& rule) {
+    const auto of_slot =
+        bits >> (size_bits + 1 + slot_bits * (rule.slots.size() - 1 - slot));
+    const auto dtype = of_slot & 3;
+    return {static_cast<Storage>(of_slot >> 2 & 7),
+            dtype == 1   ? mx::float16
+            : dtype == 2 ? mx::bfloat16
+                         : mx::float32,
+            rule.slots[slot].is_never_negative};
   }
 };
 
@@ -112,8 +126,9 @@ struct Signature {
 struct Plan {
   struct Group {
     bool is_fused;
-    std::vector<mx::Dtype> dtypes;  // of the slots, if fused
+    Formats formats;
     std::vector<size_t> indices;
+    std::shared_ptr<const GroupLayout> layout = nullptr;
   };
   std::vector<Group> groups;
 };
@@ -124,6 +139,7 @@ struct PlanKey {
   bool may_fuse;
   mx::Device::DeviceType device;
   bool is_metal;
+  std::array<bool, scalar_count> has;  // of the request
   std::vector<uint64_t> tensors;
   auto operator<=>(const PlanKey&) const = default;
 };
@@ -149,34 +165,47 @@ Plan make_plan(const PlanKey& key, mx::Stream stream) {
   std::vector<Open> open;
   for (size_t i = key.tensors.size(); i-- > 0;) {
     const auto bits = key.tensors[i];
-    std::vector<mx::Dtype> given, dtypes;
+    std::vector<mx::Dtype> given;
+    Formats formats;
+    bool is_plain = true;
     for (size_t k = 0; k < slots; ++k) {
-      given.push_back(Signature::dtype(bits, k, slots));
+      formats.push_back(Signature::format(bits, k, rule));
+      given.push_back(formats.back().dtype);
+      is_plain = is_plain && formats.back().storage == Storage::plain;
     }
-    for (size_t k = 0; k < slots; ++k) {
-      dtypes.push_back(key.keep_dtypes ? given[k] : promoted(rule, given, k));
+    const bool widens = is_plain && !key.keep_dtypes;
+    for (size_t k = 0; k < slots && widens; ++k) {
+      formats[k].dtype = promoted(rule, given, k);
     }
     if (!key.may_fuse || !Signature::fits(bits) ||
-        (key.is_metal && !is_trusted(rule, dtypes, stream))) {
-      plan.groups.push_back({false, {}, {i}});
+        (key.is_metal && !is_trusted(rule, formats, stream))) {
+      plan.groups.push_back({false, std::move(formats), {i}});
       continue;
     }
     auto found = std::find_if(open.begin(), open.end(), [&](const Open& o) {
-      return o.group.dtypes == dtypes;
+      return o.group.formats == formats;
     });
     if (found == open.end()) {
-      found = open.insert(found, {{true, dtypes, {}}, 0});
+      found = open.insert(found, {{true, formats, {}}, 0});
     }
     auto& [group, elements] = *found;
     group.indices.push_back(i);
     elements += Signature::size(bits);
-    if (elements >= full || group.indices.size() == max_group_size(rule)) {
+    if (elements >= full || group.indices.size() == max_group_size(rule, group.formats)) {
       plan.groups.push_back(std::move(group));
       open.erase(found);
     }
   }
   for (auto& [group, elements] : open) {
     plan.groups.push_back(std::move(group));
+  }
+  for (auto& group : plan.groups) {
+    auto has = key.has;
+    has[seed] = group.formats[0].storage == Storage::stochastic;
+    // Random bits depend on the step.
+    has[step] = has[step] || has[seed];
+    group.layout = std::make_shared<const GroupLayout>(
+        rule, static_cast<int>(group.indices.size()), has, group.formats);
   }
   return plan;
 }
@@ -203,13 +232,10 @@ std::shared_ptr<const Plan> plan_for(PlanKey key, mx::Stream stream) {
 void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
   const auto& rule = request.rule;
   const auto& scalars = request.scalars;
-  const size_t count = tensors.gradients.size();
-  const bool reads_parameter = rule.slots.front().role == Role::parameter;
-  check_length("parameters", tensors.parameters.size(),
-               reads_parameter ? count : 0);
-  check_length("states", tensors.states.size(), rule.states.size());
-  for (const auto& state : tensors.states) {
-    check_length("a state", state.size(), count);
+  const size_t slots = rule.slots.size();
+  const size_t count = tensors.slots.back().size();
+  for (const auto& slot : tensors.slots) {
+    check_length("a slot", slot.size(), count);
   }
   if (request.set_of.empty()) {
     request.set_of.resize(count, 0);
@@ -238,33 +264,27 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
   }
   // Scalars as kernels take them, and as plain operations do.
   std::array<bool, scalar_count> has{};
-  Arrays tail, plain_tail;
+  std::array<std::optional<mx::array>, scalar_count> values, plain_values;
   for (int kind = 0; kind < scalar_count; ++kind) {
     const auto& value = scalars.values[kind];
     has[kind] = kind == learning_rate ? rule.reads_learning_rate
                 : kind == step        ? rule.reads_step
                                       : value.has_value();
-    if (!has[kind]) {
+    if (!has[kind] && !(kind == step && scalars.values[seed])) {
       continue;
     }
     const bool is_broadcast = kind == learning_rate && value &&
                               value->ndim() > 0 && !scalars.per_tensor;
     may_fuse = may_fuse && !is_broadcast;
-    tail.push_back(is_broadcast ? *value
+    values[kind] = is_broadcast ? *value
                                 : scalar(scalar_kinds[kind], value,
-                                         scalars.per_tensor ? count : 1, s));
-    plain_tail.push_back(kind == learning_rate ? *value : tail.back());
+                                         scalars.per_tensor ? count : 1, s);
+    plain_values[kind] = kind == learning_rate ? *value : *values[kind];
   }
 
-  const auto slot = [&](size_t i, size_t k) -> mx::array& {
-    switch (rule.slots[k].role) {
-      case Role::parameter:
-        return tensors.parameters[i];
-      case Role::state:
-        return tensors.states[k - reads_parameter][i];
-      default:
-        return tensors.gradients[i];
-    }
+  const auto storage = [&](size_t i, size_t k) {
+    return tensors.storage.empty() ? Storage::plain
+                                   : tensors.storage[i * slots + k];
   };
   const auto stream = mx::to_stream(s);
   PlanKey key{&rule,
@@ -272,49 +292,58 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
               may_fuse,
               stream.device.type,
               runs_metal(stream),
+              has,
               {}};
   key.tensors.reserve(count);
   // MLX computes what is deepest in the graph first, and would compute all
   // gradients before the first update. So each group waits for the one before.
   bool is_chained = false;
   for (size_t i = 0; i < count; ++i) {
-    const auto slot_of = [&](size_t k) -> const mx::array& {
-      return slot(i, k);
-    };
-    key.tensors.push_back(Signature::of(slot_of, rule));
-    is_chained = is_chained || !tensors.gradients[i].is_available();
+    key.tensors.push_back(Signature::of(
+        [&](size_t k) -> const mx::array& { return tensors.slots[k][i]; },
+        [&](size_t k) { return storage(i, k); }, rule));
+    is_chained = is_chained || !tensors.slots.back()[i].is_available();
   }
   const auto plan = plan_for(std::move(key), stream);
 
   const auto sets = std::make_shared<const Sets>(std::move(request.sets));
-  const auto written = rule.written();
   Arrays previous = request.after;
   for (const auto& group : plan->groups) {
-    GroupUpdate update{{&rule, static_cast<int>(group.indices.size()), has},
-                       sets,
-                       {},
-                       scalars.per_tensor};
+    const auto& layout = *group.layout;
+    GroupUpdate update{group.layout, sets, {}, scalars.per_tensor};
+    const auto array_of = [&](size_t i, const Part& part) -> mx::array& {
+      auto& from = part.is_companion ? tensors.companions : tensors.slots;
+      return from[part.slot][i];
+    };
     Arrays inputs;
-    inputs.reserve(group.indices.size() * rule.slots.size() + tail.size());
+    inputs.reserve(group.indices.size() * layout.parts.size() + scalar_count);
     for (const size_t i : group.indices) {
-      update.entries.push_back({request.set_of[i], static_cast<uint32_t>(i)});
-      for (size_t k = 0; k < rule.slots.size(); ++k) {
-        inputs.push_back(slot(i, k));
+      const auto place = static_cast<uint32_t>(i);
+      update.entries.push_back(
+          {request.set_of[i], place,
+           request.numbers.empty() ? place : request.numbers[i]});
+      for (const auto& part : layout.parts) {
+        inputs.push_back(array_of(i, part));
         auto& input = inputs.back();
-        if (!group.is_fused) {
+        const auto& format = layout.format(part);
+        if (!group.is_fused || part.is_companion || format.has_codes()) {
           continue;
         }
-        const auto& shape = slot(i, 0).shape();
-        if (!rule.is_mean(k) && input.shape() != shape) {
+        const auto& shape = tensors.slots[0][i].shape();
+        if (!rule.is_mean(part.slot) && input.shape() != shape) {
           input = mx::broadcast_to(input, shape, s);
         }
-        if (input.dtype() != group.dtypes[k]) {
-          input = mx::astype(input, group.dtypes[k], s);
+        if (input.dtype() != format.dtype) {
+          input = mx::astype(input, format.dtype, s);
         }
       }
     }
-    const auto& scalar_inputs = group.is_fused ? tail : plain_tail;
-    inputs.insert(inputs.end(), scalar_inputs.begin(), scalar_inputs.end());
+    for (int kind = 0; kind < scalar_count; ++kind) {
+      if (layout.has[kind]) {
+        inputs.push_back(
+            *(group.is_fused ? values[kind] : plain_values[kind]));
+      }
+    }
     auto outputs =
         group.is_fused
             ? FusedUpdate::make_outputs(
@@ -327,8 +356,8 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
     }
     auto output = outputs.begin();
     for (const size_t i : group.indices) {
-      for (const int k : written) {
-        slot(i, k) = std::move(*output++);
+      for (const int part : layout.written) {
+        array_of(i, layout.parts[part]) = std::move(*output++);
       }
     }
   }
@@ -358,12 +387,12 @@ Norm sums_of_squares(const Arrays& arrays, const mx::array& max_norm,
 }
 
 Arrays scale(Arrays arrays, const mx::array& factor, mx::StreamOrDevice s) {
-  Tensors tensors;
-  tensors.gradients = std::move(arrays);
   Request request{rule_named("Scale"), {{}}};
+  Tensors tensors(request.rule);
+  tensors.slots[0] = std::move(arrays);
   request.scalars.values[gradient_scale] = factor;
   fused_update(tensors, std::move(request), s);
-  return std::move(tensors.gradients);
+  return std::move(tensors.slots[0]);
 }
 
 void reset_plans() {

@@ -9,12 +9,17 @@
 
 namespace mlx_fused {
 
-// A step's arrays, by slots. All lists have one entry per tensor, but those of
-// slots that the rule does not have, which are empty.
+// A step's arrays: slots[k][i] is that of slot k of tensor i.
 struct Tensors {
-  Arrays parameters;
-  std::vector<Arrays> states;  // states[k][i] is state k of tensor i
-  Arrays gradients;
+  explicit Tensors(const RuleTraits& rule)
+      : slots(rule.slots.size()), companions(rule.slots.size()) {}
+
+  std::vector<Arrays> slots;
+  // Scales and errors; of tensors that have none anything, and of a slot that
+  // never has any nothing.
+  std::vector<Arrays> companions;
+  // How slot k of tensor i is held, at i * slots.size() + k; all plain if empty.
+  std::vector<Storage> storage = {};
 };
 
 // What a rule does not read is ignored. With per_tensor each may have one entry
@@ -31,6 +36,8 @@ struct Request {
   Scalars scalars = {};
   bool keep_dtypes = false;  // a wider gradient widens nothing
   Arrays after = {};         // computed before the update
+  // Of the tensors' numbers in the step, if they are not all of it.
+  std::vector<uint32_t> numbers = {};
 };
 
 // One optimizer step: replaces the arrays that the rule writes. Kernels do it

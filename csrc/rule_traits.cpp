@@ -1,5 +1,6 @@
 #include "rule_traits.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <utility>
@@ -45,7 +46,16 @@ RuleTraits traits_of() {
   }
   if constexpr (Rule::states > 0) {
     traits.states = split(Rule::state_names);
-    traits.slots.insert(traits.slots.end(), Rule::states, {Role::state, true});
+    std::vector<std::string> non_negative;
+    if constexpr (requires { Rule::non_negative_names; }) {
+      non_negative = split(Rule::non_negative_names);
+    }
+    for (const auto& name : traits.states) {
+      const bool is_found =
+          std::find(non_negative.begin(), non_negative.end(), name) !=
+          non_negative.end();
+      traits.slots.push_back({Role::state, true, is_found});
+    }
   }
   traits.slots.push_back({Role::gradient, Rule::writes_gradient});
   return traits;
@@ -80,16 +90,6 @@ mlx::core::Shape RuleTraits::shape(int slot,
     shape.erase(shape.end() - slot);  // of rows the last, of columns the other
   }
   return shape;
-}
-
-std::vector<int> RuleTraits::written() const {
-  std::vector<int> numbers;
-  for (size_t slot = 0; slot < slots.size(); ++slot) {
-    if (slots[slot].is_written) {
-      numbers.push_back(static_cast<int>(slot));
-    }
-  }
-  return numbers;
 }
 
 const std::vector<RuleTraits>& all_rules() {

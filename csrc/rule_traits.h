@@ -18,6 +18,7 @@ enum class Role { parameter, state, gradient };
 struct Slot {
   Role role;
   bool is_written;
+  bool is_never_negative = false;
 };
 
 struct RuleTraits {
@@ -38,8 +39,6 @@ struct RuleTraits {
   // Of a slot, by that of the parameter, which for Adafactor must be of as many
   // dimensions as the rule takes.
   mlx::core::Shape shape(int slot, const mlx::core::Shape& parameter) const;
-  // Slots that are written, by their numbers.
-  std::vector<int> written() const;
 };
 
 const std::vector<RuleTraits>& all_rules();

@@ -1,8 +1,10 @@
-// metal/update_rules.h as C++: the rules, and a register of them.
+// metal/update_rules.h and metal/formats.h as C++, and a register of the rules.
 #pragma once
 
 #include <tuple>
 #include <utility>
+
+#include "half.h"
 
 // MSL's words for C++. They are taken back below, so that no other header sees
 // them.
@@ -38,6 +40,9 @@
   static constexpr int states = COUNT(__VA_ARGS__); \
   static constexpr const char* state_names = #__VA_ARGS__
 
+#define NON_NEGATIVE(...) \
+  static constexpr const char* non_negative_names = #__VA_ARGS__
+
 namespace mlx_fused {
 
 // Compiled once for each instruction set (see cpu/loops.cpp), and the copies
@@ -46,6 +51,7 @@ namespace {
 
 namespace metal {
 inline float abs(float x) { return __builtin_fabsf(x); }
+inline float floor(float x) { return __builtin_floorf(x); }
 namespace precise {
 inline float exp(float x) { return __builtin_expf(x); }
 inline float pow(float x, float y) { return __builtin_powf(x, y); }
@@ -59,6 +65,10 @@ struct RegisteredRule;
 constexpr int before_rules = __COUNTER__;
 
 #include "../metal/update_rules.h"
+
+inline float half_of(float x) { return from_float16(to_float16(x)); }
+
+#include "../metal/formats.h"
 
 constexpr int rule_count = __COUNTER__ - before_rules - 1;
 
@@ -85,3 +95,4 @@ constexpr int max_slots =
 #undef COUNT
 #undef HYPERPARAMETERS
 #undef STATES
+#undef NON_NEGATIVE

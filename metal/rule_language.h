@@ -1,4 +1,4 @@
-// The words of update_rules.h in the Metal Shading Language; csrc/rules.h has
+// The words of update_rules.h and formats.h in the Metal Shading Language; csrc/rules.h has
 // them for C++.
 
 #define RULE(name)      \
@@ -12,4 +12,9 @@
   Number<T> __VA_ARGS__;     \
   static constexpr constant int numbers = COUNT(__VA_ARGS__)
 
+#define NON_NEGATIVE(...) static_assert(true, "")
+
 #define STATES(...) static constexpr constant int states = COUNT(__VA_ARGS__)
+
+// Rounded to float16.
+METAL_FUNC float half_of(float x) { return float(half(x)); }

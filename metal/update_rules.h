@@ -15,6 +15,7 @@
 //   STATES(...)           by their keys in the optimizer's state; s[0], s[1],
 //                         ... in this order. A state is of the parameter's
 //                         shape.
+//   NON_NEGATIVE(...)     those of the states that never are negative.
 //   reads_... writes_...  where it differs from RuleDefaults.
 //   prepare(rate, step)   once per tensor: what depends on no element. A rule
 //                         that does not read one of the two must not use it.
@@ -124,6 +125,7 @@ RULE(Momentum) {
 RULE(Adam) {
   HYPERPARAMETERS(beta1, beta2, eps, weight_decay);
   STATES(m, v);
+  NON_NEGATIVE(v);
 
   T learning_rate;
   T retained;  // what decay leaves of p
@@ -147,6 +149,7 @@ RULE(AdamBiasCorrected) {
   static constexpr constant bool reads_step = true;
   HYPERPARAMETERS(beta1, beta2, eps, weight_decay);
   STATES(m, v);
+  NON_NEGATIVE(v);
 
   T retained;            // what decay leaves of p
   T step_size;           // learning_rate / (1 - beta1^step)
@@ -177,6 +180,7 @@ RULE(AdEMAMix) {
   static constexpr constant bool reads_step = true;
   HYPERPARAMETERS(beta1, beta2, beta3, alpha, eps, weight_decay, warmup);
   STATES(m1, m2, v);
+  NON_NEGATIVE(v);
 
   T learning_rate;
   T retained;            // what decay leaves of p
@@ -245,6 +249,7 @@ RULE(Lion) {
 RULE(RMSprop) {
   HYPERPARAMETERS(alpha, eps);
   STATES(v);
+  NON_NEGATIVE(v);
 
   T learning_rate;
 
@@ -263,6 +268,7 @@ RULE(RMSprop) {
 RULE(Adagrad) {
   HYPERPARAMETERS(eps);
   STATES(v);
+  NON_NEGATIVE(v);
 
   T learning_rate;
 
@@ -280,6 +286,7 @@ RULE(Adagrad) {
 RULE(AdaDelta) {
   HYPERPARAMETERS(rho, eps);
   STATES(v, u);
+  NON_NEGATIVE(v, u);
 
   T learning_rate;
 
@@ -301,6 +308,7 @@ RULE(AdaDelta) {
 RULE(Adamax) {
   HYPERPARAMETERS(beta1, beta2, eps);
   STATES(m, v);
+  NON_NEGATIVE(v);
 
   T learning_rate;
 

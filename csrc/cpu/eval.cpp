@@ -72,6 +72,9 @@ struct Kept {
   }
 };
 
+// Parts of the tensors of a rule: a gradient has no companion.
+constexpr int max_parts = 2 * max_slots - 1;
+
 // Copies n elements, from the one with row-major index start on.
 template <typename T>
 void gather(const View& view, size_t start, size_t n, char* out) {
@@ -114,8 +117,10 @@ void gather(const View& view, size_t start, size_t n, char* out) {
     std::memcpy(out, view.at(start), n * view.itemsize);
   } else if (view.itemsize == 4) {
     gather<uint32_t>(view, start, n, out);
-  } else {
+  } else if (view.itemsize == 2) {
     gather<uint16_t>(view, start, n, out);
+  } else {
+    gather<uint8_t>(view, start, n, out);
   }
 }
 
@@ -175,11 +180,20 @@ double sum_of_squares(const View& view, size_t start, size_t n, float scale) {
   return std::accumulate(std::begin(lanes), std::end(lanes), 0.0);
 }
 
+// Whether each run of rows that is turned at a time begins with a block of codes.
+bool turns_whole_blocks(const View& view) {
+  constexpr int64_t block = 64;
+  const auto* t = view.transposed;
+  return t && (t->columns % block == 0 ||
+               (t->count() == 1 && t->row_stride == t->columns &&
+                t->columns <= static_cast<int64_t>(turned_columns)));
+}
+
 // One group's update, as the stream's thread runs it.
 struct UpdateTask {
   struct Tensor {
-    View sources[max_slots];  // as they are
-    View targets[max_slots];  // as they will be, perhaps in the same memory
+    View sources[max_parts];  // as they are
+    View targets[max_parts];  // as they will be, perhaps in the same memory
     size_t size = 0;
     Entry entry = {};
   };
@@ -194,12 +208,13 @@ struct UpdateTask {
     }
   };
 
-  const RuleTraits* rule;
+  std::shared_ptr<const GroupLayout> layout;
   std::vector<std::vector<float>> numbers = {};  // of each set
   Scalar<float> learning_rate = {};
   Scalar<uint64_t> step = {};
   Scalar<float> gradient_scale = {};
   Scalar<bool> skip = {};
+  Scalar<uint32_t> seed = {};
   std::vector<Tensor> tensors = {};
   Kept kept = {};
 
@@ -227,10 +242,12 @@ struct UpdateTask {
   }
 
  private:
-  size_t slots() const { return rule->slots.size(); }
-  bool is_written(size_t slot) const { return rule->slots[slot].is_written; }
+  size_t slots() const { return layout->formats.size(); }
+  bool is_written(size_t slot) const {
+    return layout->rule->slots[slot].is_written;
+  }
   const View& gradient(const Tensor& tensor) const {
-    return tensor.sources[slots() - 1];
+    return tensor.sources[layout->parts.size() - 1];
   }
   bool is_turned(const Tensor& tensor) const {
     return gradient(tensor).transposed && !skip.of(tensor, false);
@@ -315,8 +332,8 @@ struct UpdateTask {
 
   bool are_direct(const Tensor& tensor, mx::Dtype::Val dtype,
                   bool is_turned) const {
-    bool direct = true;
-    for (size_t k = 0; k < slots(); ++k) {
+    bool direct = layout->is_plain();
+    for (size_t k = 0; k < slots() && direct; ++k) {
       const auto& source = tensor.sources[k];
       direct = direct && source.dtype == dtype &&
                (source.row_contiguous() || (is_turned && k + 1 == slots()));
@@ -325,17 +342,31 @@ struct UpdateTask {
   }
 
   void keep(const Tensor& tensor, size_t start, size_t n) const {
-    for (size_t k = 0; k < slots(); ++k) {
-      if (is_written(k) && tensor.sources[k].data != tensor.targets[k].data) {
-        gather(tensor.sources[k], start, n, tensor.targets[k].at(start));
+    for (size_t k = 0; k < layout->parts.size(); ++k) {
+      const auto& part = layout->parts[k];
+      if (part.is_written &&
+          tensor.sources[k].data != tensor.targets[k].data) {
+        const size_t each = elements_per_item(part);
+        const size_t first = start / each;
+        gather(tensor.sources[k], first, divided_up(n, each),
+               tensor.targets[k].at(first));
       }
     }
+  }
+
+  // Of scales and of pairs of codes.
+  size_t elements_per_item(const Part& part) const {
+    const auto& format = layout->format(part);
+    return !format.has_codes()                   ? 1
+           : part.is_companion                   ? format.block()
+           : format.storage == Storage::codes4 ? 2
+                                                 : 1;
   }
 
   template <typename T>
   void run(cpu::Update<T> loop, const Tensor& tensor,
            const cpu::Block<T>& block, size_t n) const {
-    loop(rule->index, numbers[tensor.entry.hyperparameters].data(),
+    loop(layout->rule->index, numbers[tensor.entry.hyperparameters].data(),
          learning_rate.of(tensor, 0), static_cast<float>(step.of(tensor, 0)),
          gradient_scale.of(tensor, 1), block, n);
   }
@@ -362,27 +393,77 @@ struct UpdateTask {
                     const char* turned) const {
     alignas(64) float buffers[max_slots][cpu::block_size];
     cpu::Block<float> block;
-    for (size_t k = 0; k < slots(); ++k) {
-      auto source = tensor.sources[k];
-      size_t first = start;
-      if (turned && k + 1 == slots()) {
-        source = {const_cast<char*>(turned), nullptr, nullptr, source.dtype,
-                  source.itemsize};
-        first = 0;
+    for (size_t k = 0, part = 0; k < slots(); ++k) {
+      const auto& format = layout->formats[k];
+      const View* source = &tensor.sources[part];
+      const View* target = &tensor.targets[part];
+      part += format.has_companion() ? 2 : 1;
+      block.in[k] = buffers[k];
+      if (format.has_companion()) {
+        alignas(64) char gathered[2][cpu::block_size * sizeof(float)];
+        const auto from = pair_of(k, source, start, n, gathered);
+        (format.has_codes() ? cpu::loops().load_codes : cpu::loops().load_split)(
+            kind_of(format), from, buffers[k], n);
+      } else if (turned && k + 1 == slots()) {
+        const View here{const_cast<char*>(turned), nullptr, nullptr,
+                        source->dtype, source->itemsize};
+        block.in[k] = load(here, 0, n, buffers[k]);
+      } else {
+        block.in[k] = load(*source, start, n, buffers[k]);
       }
-      block.in[k] = load(source, first, n, buffers[k]);
       if (is_written(k)) {
-        block.out[k] = is_direct(tensor.targets[k])
-                           ? direct(tensor.targets[k], start)
+        block.out[k] = is_direct(*target) && !format.has_companion()
+                           ? direct(*target, start)
                            : buffers[k];
       }
     }
     run(cpu::loops().update, tensor, block, n);
-    for (size_t k = 0; k < slots(); ++k) {
-      if (is_written(k)) {
-        store(tensor.targets[k], start, n, block.out[k]);
+    for (size_t k = 0, part = 0; k < slots(); ++k) {
+      const auto& format = layout->formats[k];
+      const View* target = &tensor.targets[part];
+      part += format.has_companion() ? 2 : 1;
+      if (!is_written(k)) {
+        continue;
+      }
+      if (format.has_companion()) {
+        const auto to = pair_of(k, target, start, n, nullptr);
+        (format.has_codes() ? cpu::loops().store_codes
+                            : cpu::loops().store_split)(
+            kind_of(format), block.out[k], to, n);
+        continue;
+      }
+      if (format.storage == Storage::stochastic) {
+        const auto key = random_key<uint32_t>(
+            seed.of(tensor, 0), static_cast<uint32_t>(step.of(tensor, 0)),
+            tensor.entry.tensor);
+        cpu::loops().round_stochastically(format.dtype == mx::float16, key,
+                                          start, block.out[k], n);
+      }
+      store(*target, start, n, block.out[k]);
+    }
+  }
+
+  static cpu::CodesOrError kind_of(const Format& format) {
+    const bool is_short = format.storage == Storage::codes4;
+    const bool is_long = format.storage == Storage::split32;
+    return {is_short ? 4 : is_long ? 16 : 8, format.is_never_negative,
+            format.dtype == mx::float16};
+  }
+
+  // Where n elements of a slot and their companions are, or copies of them.
+  cpu::Pair pair_of(size_t slot, const View* views, size_t start, size_t n,
+                    char (*copies)[cpu::block_size * sizeof(float)]) const {
+    char* found[2];
+    for (const int i : {0, 1}) {
+      const size_t each =
+          elements_per_item({static_cast<int>(slot), i == 1, true});
+      found[i] = views[i].at(start / each);
+      if (!views[i].row_contiguous()) {
+        gather(views[i], start / each, divided_up(n, each), copies[i]);
+        found[i] = copies[i];
       }
     }
+    return {found[0], found[1]};
   }
 };
 
@@ -400,7 +481,7 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
   // With a GPU, this stream may itself wait for work that the GPU gets only
   // when the graph has been walked to its end.
   static const bool can_wait = !mx::is_available(mx::Device(mx::Device::gpu));
-  const auto& layout = update_.layout;
+  const auto& layout = *update_.layout;
   Placement placement(
       inputs, outputs, layout,
       [&] { return holds ? held_.graph_part(inputs) : inputs; },
@@ -427,7 +508,7 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
     return;
   }
 
-  UpdateTask task{layout.rule};
+  UpdateTask task{update_.layout};
   for (const auto& set : *update_.sets) {
     task.numbers.push_back(numbers(set));
   }
@@ -436,12 +517,15 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
   task.tensors.resize(layout.tensors);
   // A rule of one slot does the same to all elements, in whatever order.
   const bool any_order = layout.slots() == 1;
+  const bool has_codes =
+      std::any_of(layout.formats.begin(), layout.formats.end(),
+                  [](const Format& format) { return format.has_codes(); });
   int output = 0;
   for (int i = 0; i < layout.tensors; ++i) {
     auto& tensor = task.tensors[i];
-    for (int k = 0; k < layout.slots(); ++k) {
+    for (size_t k = 0; k < layout.parts.size(); ++k) {
       const auto& input = inputs[layout.input(i, k)];
-      if (!layout.rule->slots[k].is_written) {
+      if (!layout.parts[k].is_written) {
         tensor.sources[k] = kept.held(input);
         continue;
       }
@@ -453,8 +537,11 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
                               : kept.held(input, any_order);
       ++output;
     }
+    if (has_codes && !turns_whole_blocks(tensor.sources[layout.parts.size() - 1])) {
+      tensor.sources[layout.parts.size() - 1].transposed = nullptr;
+    }
     tensor.entry = update_.entries[i];
-    tensor.size = inputs[layout.input(i, 0)].size();
+    tensor.size = inputs[layout.gradient(i)].size();
   }
   const auto scalar = [&]<typename T>(UpdateTask::Scalar<T>& target,
                                       Scalar kind) {
@@ -468,6 +555,7 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
   scalar(task.step, step);
   scalar(task.gradient_scale, gradient_scale);
   scalar(task.skip, skip);
+  scalar(task.seed, seed);
 
   dispatch(std::move(task));
 }

@@ -239,10 +239,10 @@ class Task {
 
   Task(const GroupUpdate& update, const Arrays& inputs, const Arrays& outputs,
        const Placement& placement)
-      : means_(update.layout.rule->means),
-        has_moment_(update.layout.slots() > means_ + 2),
+      : means_(update.layout->rule->means),
+        has_moment_(update.layout->slots() > means_ + 2),
         entries_(update.entries) {
-    const auto& layout = update.layout;
+    const auto& layout = *update.layout;
     const auto hold = [&](const mx::array& a) {
       held_.push_back(a.data_shared_ptr());
       return Memory(a);

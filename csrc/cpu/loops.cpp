@@ -24,58 +24,6 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-float as_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-uint32_t as_bits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-// IEEE binary16 by integer arithmetic that vectorises anywhere.
-float from_float16(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu;
-  // Exponent and mantissa moved into place, then the exponent's bias mended by
-  // a multiplication, which also makes subnormal numbers normal.
-  const float finite = as_float(magnitude << 13) * as_float(0x77800000u);
-  const uint32_t bits =
-      magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : as_bits(finite);
-  return as_float(bits | (static_cast<uint32_t>(half & 0x8000u) << 16));
-}
-
-uint16_t to_float16(float value) {
-  const uint32_t bits = as_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {  // NaN, made quiet
-    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  } else if (magnitude >= 0x477ff000u) {  // rounds to infinity
-    half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: the addition rounds
-    half = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    const uint32_t odd = (magnitude >> 13) & 1u;
-    half = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;
-  }
-  return static_cast<uint16_t>(sign | half);
-}
-
-float from_bfloat16(uint16_t half) {
-  return as_float(static_cast<uint32_t>(half) << 16);
-}
-
-uint16_t to_bfloat16(float value) {
-  const uint32_t bits = as_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : rounded);
-}
-
 // What the loops read and write: float32, or 16 bits of one of two kinds.
 struct Float32 {
   using Type = float;
@@ -305,6 +253,188 @@ void update(int rule, const float* numbers, float learning_rate, float step,
                      n, std::make_integer_sequence<int, rule_count>());
 }
 
+// Elements that share a scale.
+constexpr size_t longest_block = 64;
+
+template <bool is_positive>
+void load_whole_codes(const float* codes, const float* scales, size_t block,
+                      float most, float* out, size_t n) {
+  for (size_t start = 0; start < n; start += block) {
+    const float scale = *scales++;
+    const size_t size = n - start < block ? n - start : block;
+    for (size_t i = start; i < start + size; ++i) {
+      out[i] = is_positive ? decoded_positive<float>(codes[i], scale, most)
+                           : decoded_signed<float>(codes[i], scale, most);
+    }
+  }
+}
+
+template <bool is_positive>
+void store_whole_codes(const float* in, size_t block, float most, float* scales,
+                       float* codes, size_t n) {
+  for (size_t start = 0; start < n; start += block) {
+    const size_t size = n - start < block ? n - start : block;
+    int32_t largest = 0;  // of the bits: that of a NaN is the largest
+    for (size_t i = start; i < start + size; ++i) {
+      const auto bits = static_cast<int32_t>(as_bits(in[i]) & 0x7fffffffu);
+      largest = bits > largest ? bits : largest;
+    }
+    const float scale = as_float(static_cast<uint32_t>(largest));
+    *scales++ = scale;
+    const float stretch = is_positive
+                              ? stretch_positive<float, uint32_t>(scale, most)
+                              : stretch_signed<float, uint32_t>(scale, most);
+    for (size_t i = start; i < start + size; ++i) {
+      codes[i] = is_positive
+                     ? encoded_positive<float, uint32_t>(in[i], stretch)
+                     : encoded_signed<float, uint32_t>(in[i], stretch);
+    }
+  }
+}
+
+template <typename T>
+void copy_converted(const T* in, float* out, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    out[i] = static_cast<float>(in[i]);
+  }
+}
+
+template <typename T>
+void copy_rounded(const float* in, T* out, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    out[i] = static_cast<T>(static_cast<int32_t>(in[i]));
+  }
+}
+
+float most_of(CodesOrError kind) {
+  const int bits = kind.is_never_negative ? kind.bits : kind.bits - 1;
+  return static_cast<float>((1 << bits) - 1);
+}
+
+void load_codes(CodesOrError kind, Pair from, float* out, size_t n) {
+  alignas(64) float codes[block_size];
+  const auto* bytes = reinterpret_cast<const uint8_t*>(from.values);
+  if (kind.bits == 4) {
+    // The sign of 4 bits by way of an offset.
+    const int sign = kind.is_never_negative ? 0 : 8;
+    for (size_t i = 0; i < n / 2; ++i) {
+      codes[2 * i] = static_cast<float>(((bytes[i] & 15) ^ sign) - sign);
+      codes[2 * i + 1] = static_cast<float>(((bytes[i] >> 4) ^ sign) - sign);
+    }
+    if (n % 2 == 1) {
+      codes[n - 1] = static_cast<float>(((bytes[n / 2] & 15) ^ sign) - sign);
+    }
+  } else if (kind.is_never_negative) {
+    copy_converted(bytes, codes, n);
+  } else {
+    copy_converted(reinterpret_cast<const int8_t*>(bytes), codes, n);
+  }
+  (kind.is_never_negative ? load_whole_codes<true> : load_whole_codes<false>)(
+      codes, reinterpret_cast<const float*>(from.companions),
+      kind.bits == 4 ? longest_block / 2 : longest_block, most_of(kind), out,
+      n);
+}
+
+void store_codes(CodesOrError kind, const float* in, Pair to, size_t n) {
+  alignas(64) float codes[block_size];
+  (kind.is_never_negative ? store_whole_codes<true> : store_whole_codes<false>)(
+      in, kind.bits == 4 ? longest_block / 2 : longest_block, most_of(kind),
+      reinterpret_cast<float*>(to.companions), codes, n);
+  auto* bytes = reinterpret_cast<uint8_t*>(to.values);
+  if (kind.bits == 4) {
+    if (n % 2 == 1) {
+      codes[n] = 0;
+    }
+    for (size_t i = 0; i < (n + 1) / 2; ++i) {
+      const auto low = static_cast<int32_t>(codes[2 * i]);
+      const auto high = static_cast<int32_t>(codes[2 * i + 1]);
+      bytes[i] = static_cast<uint8_t>((low & 15) | (high & 15) << 4);
+    }
+  } else {
+    copy_rounded(codes, bytes, n);
+  }
+}
+
+template <typename E>
+void load_split_as(bool is_float16, const uint16_t* weights, const E* errors,
+                   float* out, size_t n) {
+  constexpr uint32_t exponents = sizeof(E) == 1 ? 18 : 26;
+  constexpr uint32_t unit = sizeof(E) == 1 ? 256 : 1;
+  (is_float16 ? Float16::load : BFloat16::load)(weights, out, n);
+  if (is_float16) {
+    for (size_t i = 0; i < n; ++i) {
+      out[i] = joined_float16<float, uint32_t>(
+          out[i], static_cast<uint32_t>(int32_t{errors[i]}), exponents);
+    }
+  } else {
+    for (size_t i = 0; i < n; ++i) {
+      out[i] = joined_bfloat16<float, uint32_t>(
+          out[i], static_cast<uint32_t>(int32_t{errors[i]}) * unit);
+    }
+  }
+}
+
+void load_split(CodesOrError kind, Pair from, float* out, size_t n) {
+  const auto* weights = reinterpret_cast<const uint16_t*>(from.values);
+  if (kind.bits == 8) {
+    load_split_as(kind.is_float16, weights,
+                  reinterpret_cast<const int8_t*>(from.companions), out, n);
+  } else {
+    load_split_as(kind.is_float16, weights,
+                  reinterpret_cast<const int16_t*>(from.companions), out, n);
+  }
+}
+
+template <typename E>
+void store_split_as(bool is_float16, const float* in, uint16_t* weights,
+                    E* errors, size_t n) {
+  alignas(64) float rounded[block_size];
+  uint32_t rest;
+  if (is_float16) {
+    constexpr uint32_t exponents = sizeof(E) == 1 ? 18 : 26;
+    constexpr float most = sizeof(E) == 1 ? 127 : 32767;
+    for (size_t i = 0; i < n; ++i) {
+      split_float16<float, uint32_t>(in[i], exponents, most, rounded[i], rest);
+      errors[i] = static_cast<E>(rest);
+    }
+    Float16::store(rounded, weights, n);
+    return;
+  }
+  for (size_t i = 0; i < n; ++i) {
+    split_bfloat16<float, uint32_t>(in[i], rounded[i], rest);
+    if (sizeof(E) == 1) {
+      rest = shortened<float, uint32_t>(rest, rounded[i]);
+    }
+    weights[i] = static_cast<uint16_t>(as_bits(rounded[i]) >> 16);
+    errors[i] = static_cast<E>(rest);
+  }
+}
+
+void store_split(CodesOrError kind, const float* in, Pair to, size_t n) {
+  auto* weights = reinterpret_cast<uint16_t*>(to.values);
+  if (kind.bits == 8) {
+    store_split_as(kind.is_float16, in, weights,
+                   reinterpret_cast<int8_t*>(to.companions), n);
+  } else {
+    store_split_as(kind.is_float16, in, weights,
+                   reinterpret_cast<int16_t*>(to.companions), n);
+  }
+}
+
+void round_stochastically(bool is_float16, uint32_t key, uint64_t first,
+                          float* values, size_t n) {
+  // Blocks do not reach across a multiple of 2^32.
+  const auto high = static_cast<uint32_t>(first >> 32);
+  const auto low = static_cast<uint32_t>(first);
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t random =
+        random_bits<uint32_t>(key, high, low + static_cast<uint32_t>(i));
+    values[i] = is_float16
+                    ? stochastic_float16<float, uint32_t>(values[i], random)
+                    : stochastic_bfloat16<float, uint32_t>(values[i], random);
+  }
+}
+
 void add_squares(const float* x, size_t n, float scale, float* lanes) {
   float sums[sum_lanes];
   memcpy(sums, lanes, sizeof(sums));
@@ -414,6 +544,11 @@ const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
                                sum_direction,
                                write_factored_row,
                                turn,
+                               load_codes,
+                               store_codes,
+                               load_split,
+                               store_split,
+                               round_stochastically,
                                Float16::load,
                                Float16::store,
                                BFloat16::load,

@@ -32,6 +32,18 @@ using Update = void (*)(int rule, const float* numbers, float learning_rate,
                         float step, float gradient_scale, const Block<T>& block,
                         size_t n);
 
+// Where codes and their scales, or weights of half precision and their errors,
+// are read or written.
+struct Pair {
+  char* values;
+  char* companions;
+};
+struct CodesOrError {
+  int bits;                // of a code or an error
+  bool is_never_negative;  // of codes
+  bool is_float16;         // of weights
+};
+
 // Part of a matrix' row in the last pass of Adafactor.
 struct FactoredRow {
   const float* numbers;  // of the rule
@@ -69,6 +81,17 @@ struct Loops {
   // are too short for the hardware to foresee them.
   void (*turn)(size_t itemsize, const char* in, const char* next,
                int64_t column_stride, size_t rows, size_t columns, char* out);
+
+  // At most block_size elements in a format of graph/layout.h, from the start of
+  // a block of codes on.
+  void (*load_codes)(CodesOrError kind, Pair from, float* out, size_t n);
+  void (*store_codes)(CodesOrError kind, const float* in, Pair to, size_t n);
+  void (*load_split)(CodesOrError kind, Pair from, float* out, size_t n);
+  void (*store_split)(CodesOrError kind, const float* in, Pair to, size_t n);
+  // Makes float32 such that storing it in this dtype rounds nothing more; the
+  // first element has this number in its tensor.
+  void (*round_stochastically)(bool is_float16, uint32_t key, uint64_t first,
+                               float* values, size_t n);
 
   void (*load_float16)(const uint16_t* in, float* out, size_t n);
   void (*store_float16)(const float* in, uint16_t* out, size_t n);

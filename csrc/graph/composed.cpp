@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "graph/factored.h"
+#include "graph/formats.h"
 #include "mlx/ops.h"
 #include "mlx/utils.h"
 #include "rules.h"
@@ -62,6 +63,13 @@ mx::array to_pairs(const mx::array& a) {
   return mx::concatenate({mx::real(numbers), mx::imag(numbers)}, -1);
 }
 
+// A value that was rounded, with the gradient that it has without.
+mx::array with_gradient_of(const mx::array& rounded, const mx::array& value) {
+  const auto zero = mx::where(mx::isfinite(value),
+                              value - mx::stop_gradient(value), mx::array(0.0f));
+  return mx::astype(mx::astype(rounded, mx::float32) + zero, rounded.dtype());
+}
+
 mx::array from_pairs(const mx::array& a) {
   return mx::squeeze(mx::view(a, mx::complex64), -1);
 }
@@ -72,7 +80,7 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
                          mx::Stream stream) {
   return [=](const Arrays& inputs) {
     const mx::StreamContext context(stream);
-    const auto& layout = update.layout;
+    const auto& layout = *update.layout;
     const auto& rule = *layout.rule;
     Arrays outputs;
     for (int tensor = 0; tensor < layout.tensors; ++tensor) {
@@ -81,12 +89,24 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
         return entry_of(inputs[layout.input(kind)], entry.scalar,
                         update.per_tensor);
       };
-      const Arrays given(inputs.begin() + layout.input(tensor, 0),
-                         inputs.begin() + layout.input(tensor + 1, 0));
+      // The values of the slots, and the dtypes that they count as.
+      Arrays given;
       std::vector<mx::Dtype> dtypes;
-      for (const auto& a : given) {
-        dtypes.push_back(a.dtype());
+      bool is_plain = true;
+      for (int k = 0, part = 0; k < layout.slots(); ++k) {
+        const auto& format = layout.formats[k];
+        const auto& a = inputs[layout.input(tensor, part++)];
+        is_plain = is_plain && format.storage == Storage::plain;
+        dtypes.push_back(format.has_codes() ? mx::float32 : a.dtype());
+        given.push_back(a);
+        if (format.has_companion()) {
+          const auto& companion = inputs[layout.input(tensor, part++)];
+          given.back() = format.is_split()
+                             ? join(a, companion)
+                             : decode(format, a, companion, given[0].shape());
+        }
       }
+      const bool keeps = keep_dtypes || !is_plain;
       const bool has_pairs = takes_pairs(rule, dtypes);
       const bool is_usual =
           has_pairs || std::all_of(dtypes.begin(), dtypes.end(), has_kernels);
@@ -122,24 +142,42 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       const Apply apply =
           rule.is_factored() ? apply_factored : apply_table[rule.index];
       apply((*update.sets)[entry.hyperparameters], rate, count, rule, slots);
-      for (const int k : rule.written()) {
-        auto result =
-            has_pairs ? from_pairs(slots[k].array()) : slots[k].array();
-        if (layout.has[skip]) {
-          result = mx::where(scalar(skip), given[k], result);
-        }
-        outputs.push_back(std::move(result));
-        auto& output = outputs.back();
-        if (has_pairs) {
+      const auto put = [&](mx::array result) {
+        const int part = layout.written[outputs.size() % layout.written.size()];
+        const auto& before = inputs[layout.input(tensor, part)];
+        outputs.push_back(layout.has[skip]
+                              ? mx::where(scalar(skip), before, result)
+                              : std::move(result));
+      };
+      for (int k = 0; k < layout.slots(); ++k) {
+        if (!rule.slots[k].is_written) {
           continue;
         }
-        const auto target = keep_dtypes ? given[k].dtype()
-                            : is_usual  ? promoted(rule, dtypes, k)
-                                        : output.dtype();
-        if (target == mx::float16 && rule.is_mean(k)) {
-          output = mx::minimum(output, mx::array(most_of_float16));
+        auto result =
+            has_pairs ? from_pairs(slots[k].array()) : slots[k].array();
+        auto format = layout.formats[k];
+        format.dtype = dtypes[k];
+        if (format.has_codes()) {
+          const auto [codes, scales] = encode(format, result);
+          put(codes);
+          put(scales);
+        } else if (format.is_split()) {
+          const auto [weight, error] = split(format, result);
+          put(with_gradient_of(weight, result));
+          put(error);
+        } else if (format.storage == Storage::stochastic) {
+          const auto rounded = round_stochastically(
+              result, format.dtype, scalar(seed), scalar(step), entry.tensor);
+          put(with_gradient_of(rounded, result));
+        } else {
+          const auto target = keeps      ? dtypes[k]
+                              : is_usual ? promoted(rule, dtypes, k)
+                                         : result.dtype();
+          if (target == mx::float16 && rule.is_mean(k)) {
+            result = mx::minimum(result, mx::array(most_of_float16));
+          }
+          put(has_pairs ? result : mx::astype(result, target));
         }
-        output = mx::astype(output, target);
       }
     }
     return outputs;

@@ -45,11 +45,11 @@ Arrays HeldInputs::graph_part(const Arrays& inputs) const {
 
 Arrays FusedUpdate::make_outputs(std::shared_ptr<FusedUpdate> update,
                                  Arrays inputs, const Arrays& after) {
-  const auto& layout = update->update_.layout;
+  const auto& layout = *update->update_.layout;
   Arrays likes;  // of the outputs
   for (int tensor = 0; tensor < layout.tensors; ++tensor) {
-    for (const int slot : layout.rule->written()) {
-      likes.push_back(inputs[layout.input(tensor, slot)]);
+    for (const int part : layout.written) {
+      likes.push_back(inputs[layout.input(tensor, part)]);
     }
   }
   // A transformation has to see all inputs; and on a GPU the graph must show
@@ -86,11 +86,11 @@ std::vector<mx::Shape> FusedUpdate::output_shapes(const Arrays& graph_inputs) {
   const auto& inputs =
       held_.empty() ? graph_inputs
                     : held_.complete(graph_inputs, /*for_owner=*/false, copies);
-  const auto& layout = update_.layout;
+  const auto& layout = *update_.layout;
   std::vector<mx::Shape> shapes;
   for (int tensor = 0; tensor < layout.tensors; ++tensor) {
-    for (const int slot : layout.rule->written()) {
-      shapes.push_back(inputs[layout.input(tensor, slot)].shape());
+    for (const int part : layout.written) {
+      shapes.push_back(inputs[layout.input(tensor, part)].shape());
     }
   }
   return shapes;

@@ -51,15 +51,15 @@ class HeldInputs {
   std::uintptr_t owner_ = 0;
 };
 
-// Inputs and outputs stand in the order of the layout. All parameters of a
-// group have one dtype, and so have all gradients and each of the states.
+// Inputs and outputs stand in the order of the layout. A slot has one format in
+// all tensors of a group.
 // Outputs are in place wherever nothing else holds the input (placement.h).
 class FusedUpdate : public mx::Primitive {
  public:
   FusedUpdate(mx::Stream stream, GroupUpdate update)
       : Primitive(stream),
         update_(std::move(update)),
-        name_("FusedUpdate " + update_.layout.rule->name) {}
+        name_("FusedUpdate " + update_.layout->rule->name) {}
 
   // The outputs for these inputs, as mx::array::make_arrays. The arrays of
   // `after` are computed before them.

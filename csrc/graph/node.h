@@ -40,6 +40,7 @@ class Node {
   friend Node operator/(const Node& a, const Node& b) {
     return a.beside(b) / b.beside(a);
   }
+  Node operator-() const { return mx::negative(array()); }
   // Of an array nothing is known while the graph is built: it may differ.
   friend bool operator!=(const Node& a, double number) {
     return a.array_ || a.number_ != number;
@@ -76,6 +77,88 @@ inline Node power(const Node& a, const Node& b) {
 
 inline Node one_minus_power(const Number<Node>& beta, const Node& step) {
   return mx::negative(mx::expm1((step * beta.logarithm).array()));
+}
+
+// Of metal/formats.h the unsigned integer, and what a comparison gives.
+class Bits {
+ public:
+  Bits(uint32_t number) : array_(number, mx::uint32) {}
+  Bits(mx::array array) : array_(std::move(array)) {}
+
+  const mx::array& array() const { return array_; }
+
+  friend Bits operator+(const Bits& a, const Bits& b) {
+    return a.array_ + b.array_;
+  }
+  friend Bits operator-(const Bits& a, const Bits& b) {
+    return a.array_ - b.array_;
+  }
+  friend Bits operator*(const Bits& a, const Bits& b) {
+    return a.array_ * b.array_;
+  }
+  friend Bits operator&(const Bits& a, const Bits& b) {
+    return mx::bitwise_and(a.array_, b.array_);
+  }
+  friend Bits operator|(const Bits& a, const Bits& b) {
+    return mx::bitwise_or(a.array_, b.array_);
+  }
+  friend Bits operator^(const Bits& a, const Bits& b) {
+    return mx::bitwise_xor(a.array_, b.array_);
+  }
+  friend Bits operator>>(const Bits& a, uint32_t places) {
+    return mx::right_shift(a.array_, mx::array(places, mx::uint32));
+  }
+  friend Bits operator<<(const Bits& a, uint32_t places) {
+    return mx::left_shift(a.array_, mx::array(places, mx::uint32));
+  }
+
+ private:
+  mx::array array_;
+};
+
+inline Bits as_bits(const Node& x) { return mx::view(x.array(), mx::uint32); }
+
+inline Node as_float(const Bits& x) { return mx::view(x.array(), mx::float32); }
+
+inline Bits is_nan(const Node& x) { return mx::isnan(x.array()); }
+
+inline Bits is_finite(const Node& x) { return mx::isfinite(x.array()); }
+
+inline Node choose(const Bits& condition, const Node& a, const Node& b) {
+  return mx::where(condition.array(), a.beside(b), b.beside(a));
+}
+
+inline Bits choose(const Bits& condition, const Bits& a, const Bits& b) {
+  return mx::where(condition.array(), a.array(), b.array());
+}
+
+inline Bits clamped(const Bits& x, const Bits& least, const Bits& most) {
+  return mx::minimum(mx::maximum(x.array(), least.array()), most.array());
+}
+
+inline Bits operator<(const Node& a, const Node& b) {
+  return mx::less(a.beside(b), b.beside(a));
+}
+
+inline Node round_down(const Node& x) { return mx::floor(x.array()); }
+
+inline Node nearest(const Node& x) {
+  const auto rounded = sign_of(x) * round_down(magnitude(x) + 0.5);
+  return mx::where(mx::isnan(x.array()), mx::array(0.0f), rounded.array());
+}
+
+template <typename U>
+Bits to_integer(const Node& x) {
+  return mx::view(mx::astype(x.array(), mx::int32), mx::uint32);
+}
+
+template <typename T>
+Node to_float(const Bits& x) {
+  return mx::astype(mx::view(x.array(), mx::int32), mx::float32);
+}
+
+inline Node half_of(const Node& x) {
+  return mx::astype(mx::astype(x.array(), mx::float16), mx::float32);
 }
 
 inline Number<Node> number_of(const Node& x) {

@@ -45,12 +45,11 @@ Placement::Placement(const Arrays& inputs, Arrays& outputs,
                      const GroupLayout& layout, std::function<Arrays()> restore,
                      const std::function<void()>& wait)
     : outputs_(outputs), restore_(std::move(restore)) {
-  const auto written = layout.rule->written();
   std::vector<const mx::array*> sources;  // of the outputs
   size_t shared = 0;  // bytes with another owner, perhaps only work under way
   for (int tensor = 0; tensor < layout.tensors; ++tensor) {
-    for (const int slot : written) {
-      const auto& in = inputs[layout.input(tensor, slot)];
+    for (const int part : layout.written) {
+      const auto& in = inputs[layout.input(tensor, part)];
       sources.push_back(&in);
       shared += in.data_shared_ptr().use_count() > 1 ? in.nbytes() : 0;
     }
@@ -65,7 +64,7 @@ Placement::Placement(const Arrays& inputs, Arrays& outputs,
   for (size_t i = 0; i < outputs.size() && !is_traced; ++i) {
     if (&outputs[i].inputs() != &inputs) {
       outputs[i].inputs().clear();
-      released_ |= 1u << i;
+      released_ |= uint64_t{1} << i;
     }
   }
   try {
@@ -74,7 +73,7 @@ Placement::Placement(const Arrays& inputs, Arrays& outputs,
       const auto& in = *sources[i];
       if (can_donate(in, out, layout)) {
         out.copy_shared_buffer(in);
-        in_place_ |= 1u << i;
+        in_place_ |= uint64_t{1} << i;
         continue;
       }
       allocate(out);

@@ -45,8 +45,8 @@ class Placement {
 
   Arrays& outputs_;
   std::function<Arrays()> restore_;
-  uint32_t released_ = 0;  // a bit for each output, as in_place_
-  uint32_t in_place_ = 0;
+  uint64_t released_ = 0;  // a bit for each output, as in_place_
+  uint64_t in_place_ = 0;
   bool is_committed_ = false;
 };
 

@@ -216,7 +216,7 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   if (is_placed(outputs)) {
     return;
   }
-  const auto& layout = update_.layout;
+  const auto& layout = *update_.layout;
   const auto& rule = *layout.rule;
   if (rule.is_factored()) {
     eval_factored(update_, inputs, outputs, stream());

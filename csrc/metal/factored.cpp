@@ -285,7 +285,7 @@ class Space {
 
 void eval_factored(const GroupUpdate& update, const Arrays& inputs,
                    Arrays& outputs, mx::Stream stream) {
-  const auto& layout = update.layout;
+  const auto& layout = *update.layout;
   const auto& rule = *layout.rule;
   const int gradient = layout.slots() - 1;
   std::vector<mx::Dtype> dtypes;

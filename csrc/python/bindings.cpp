@@ -8,6 +8,7 @@
 #include "check.h"
 #include "cpu/loops.h"
 #include "cpu/parallel.h"
+#include "graph/formats.h"
 #include "graph/placement.h"
 #include "python/trees.h"
 
@@ -93,7 +94,13 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       "written_slots",
       [](const std::string& name) {
         const auto& rule = mlx_fused::rule_named(name);
-        return std::pair(rule.slots.size(), rule.written());
+        std::vector<size_t> written;
+        for (size_t slot = 0; slot < rule.slots.size(); ++slot) {
+          if (rule.slots[slot].is_written) {
+            written.push_back(slot);
+          }
+        }
+        return std::pair(rule.slots.size(), written);
       },
       "rule"_a, "The number of a rule's slots, and which of them it writes.");
   m.def(
@@ -117,22 +124,80 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
   m.def(
       "check_update",
       [](const std::string& name, const mlx::core::array& parameter,
-         const mlx::core::array& gradient, const mlx::core::array& state) {
+         const mlx::core::array& gradient, const mlx::core::array& state,
+         const std::string& parameter_storage,
+         const std::string& state_storage) {
+        using mlx_fused::Role;
         const auto& rule = mlx_fused::rule_named(name);
-        std::vector<mlx::core::Dtype> dtypes;
-        for (const auto& slot : rule.slots) {
-          dtypes.push_back(
-              slot.role == mlx_fused::Role::parameter  ? parameter.dtype()
-              : slot.role == mlx_fused::Role::gradient ? gradient.dtype()
-                                                       : state.dtype());
+        mlx_fused::Formats formats;
+        for (const auto& [role, is_written, is_never_negative] : rule.slots) {
+          const auto& held = role == Role::parameter ? parameter_storage
+                             : role == Role::state   ? state_storage
+                                                     : "plain";
+          const auto& like = role == Role::parameter  ? parameter
+                             : role == Role::gradient ? gradient
+                                                      : state;
+          formats.push_back({mlx_fused::storage_named(held), like.dtype(),
+                             is_never_negative});
         }
         return mlx_fused::check_update(
-            rule, dtypes,
+            rule, formats,
             mlx::core::default_stream(mlx::core::default_device()));
       },
       "rule"_a, "parameter"_a, "gradient"_a, "state"_a,
+      "parameter_storage"_a = "plain", "state_storage"_a = "plain",
       "What is wrong with the default device's kernel for arrays of these "
-      "dtypes, or None.");
+      "dtypes, held so, or None.");
+  m.def(
+      "non_negative",
+      [](const std::string& name) {
+        const auto& rule = mlx_fused::rule_named(name);
+        std::vector<std::string> names;
+        for (size_t k = 0; k < rule.states.size(); ++k) {
+          if (rule.slots[rule.slots.size() - 1 - rule.states.size() + k]
+                  .is_never_negative) {
+            names.push_back(rule.states[k]);
+          }
+        }
+        return names;
+      },
+      "rule"_a, "The states of a rule that are never negative.");
+  const auto codes = [](const std::string& storage, bool is_never_negative) {
+    return mlx_fused::Format{mlx_fused::storage_named(storage),
+                             mlx::core::float32, is_never_negative};
+  };
+  m.def(
+      "encode",
+      [codes](const mlx::core::array& values, const std::string& storage,
+              bool is_never_negative) {
+        return mlx_fused::encode(codes(storage, is_never_negative), values);
+      },
+      "values"_a, "storage"_a, "is_never_negative"_a,
+      "A state as codes and scales.");
+  m.def(
+      "decode",
+      [codes](const mlx::core::array& values, const mlx::core::array& scales,
+              const std::vector<int>& shape, const std::string& storage,
+              bool is_never_negative) {
+        return mlx_fused::decode(codes(storage, is_never_negative), values,
+                                 scales, {shape.begin(), shape.end()});
+      },
+      "codes"_a, "scales"_a, "shape"_a, "storage"_a, "is_never_negative"_a,
+      "The state of codes and scales, as float32.");
+  m.def(
+      "split",
+      [](const mlx::core::array& values, const std::string& storage,
+         mlx::core::Dtype dtype) {
+        return mlx_fused::split({mlx_fused::storage_named(storage), dtype},
+                                values);
+      },
+      "values"_a, "storage"_a, "dtype"_a,
+      "float32 as weights of half precision and their errors.");
+  m.def("round_stochastically", &mlx_fused::round_stochastically, "values"_a,
+        "dtype"_a, "seed"_a, "step"_a, "tensor"_a,
+        "float32 rounded to half precision at random, by the tensor's number.");
+  m.def("join", &mlx_fused::join, "weights"_a, "errors"_a,
+        "The float32 of weights and their errors.");
   m.def(
       "check_sums",
       [](const mlx::core::array& a) {
@@ -163,7 +228,7 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
              const std::optional<std::vector<uint32_t>>& sets,
              const MaybeArray& learning_rate, const MaybeArray& step,
              const MaybeArray& gradient_scale, const MaybeArray& skip,
-             bool per_tensor,
+             const MaybeArray& seed, bool per_tensor,
              const std::optional<mlx::core::Dtype>& state_dtype,
              const std::optional<std::vector<size_t>>& indices,
              const mlx_fused::Arrays& after) {
@@ -172,7 +237,7 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
                 {rule,
                  sets_of(rule, hyperparameters),
                  sets.value_or(std::vector<uint32_t>()),
-                 {{learning_rate, step, gradient_scale, skip}, per_tensor},
+                 {{learning_rate, step, gradient_scale, skip, seed}, per_tensor},
                  false,
                  after},
                 state_dtype, indices);
@@ -182,7 +247,7 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
           "rule"_a, "hyperparameters"_a, nb::kw_only(), "sets"_a = nb::none(),
           "learning_rate"_a = nb::none(), "step"_a = nb::none(),
           "gradient_scale"_a = nb::none(), "skip"_a = nb::none(),
-          "per_tensor"_a = false, "state_dtype"_a = nb::none(),
+          "seed"_a = nb::none(), "per_tensor"_a = false, "state_dtype"_a = nb::none(),
           "indices"_a = nb::none(), "after"_a = mlx_fused::Arrays{},
           "Updates leaves by a rule; False if something is no array.")
       .def("set_gradient", &Leaves::set_gradient, "index"_a, "value"_a)

@@ -233,7 +233,8 @@ bool Leaves::update(Request request,
   }
   const auto& rule = request.rule;
   const bool reads_parameter = rule.slots.front().role == Role::parameter;
-  Tensors tensors;
+  const size_t slots = rule.slots.size();
+  Tensors tensors(rule);
   const auto collect_into = [](Arrays& arrays, nb::handle object) {
     if (object && is_array(object)) {
       arrays.push_back(array_of(object));
@@ -241,61 +242,163 @@ bool Leaves::update(Request request,
     }
     return false;
   };
-  tensors.gradients.reserve(chosen.size());
-  tensors.parameters.reserve(chosen.size());
+  for (auto& slot : tensors.slots) {
+    slot.reserve(chosen.size());
+  }
+  // A slot of the j-th chosen leaf is held so, with this companion.
+  const auto hold = [&](size_t j, size_t slot, Storage storage,
+                        nb::handle companion) {
+    tensors.storage.resize(chosen.size() * slots);
+    tensors.storage[j * slots + slot] = storage;
+    auto& companions = tensors.companions[slot];
+    if (companion && is_array(companion)) {
+      companions.resize(j, tensors.slots.back()[0]);
+      companions.push_back(array_of(companion));
+    }
+  };
+  auto& gradients = tensors.slots.back();
   for (const size_t i : chosen) {
-    if (!collect_into(tensors.gradients, gradients_.at(i)) ||
-        (reads_parameter &&
-         !collect_into(tensors.parameters, parameters_[i]))) {
+    if (!collect_into(gradients, gradients_.at(i))) {
       return false;
     }
   }
-  std::vector<nb::str> keys;
-  for (const auto& name : rule.states) {
-    keys.emplace_back(name.c_str());
-    auto& state = tensors.states.emplace_back();
-    state.reserve(chosen.size());
-    for (const size_t i : chosen) {
-      if (!collect_into(state, entry(states_[i], keys.back()))) {
+  if (reads_parameter) {
+    const nb::str error("error");
+    for (size_t j = 0; j < chosen.size(); ++j) {
+      const size_t i = chosen[j];
+      if (!collect_into(tensors.slots[0], parameters_[i])) {
         return false;
       }
-      auto& array = state.back();
-      check_is_there(array);
-      // It would widen the parameter, or be widened. Gradients that broadcast
-      // make such a state when they are the first step's.
-      const int slot = static_cast<int>(tensors.states.size());
-      if (reads_parameter && is_array(parameters_[i])) {
-        const auto expected =
-            rule.shape(slot, array_of(parameters_[i]).shape());
-        if (array.shape() != expected &&
-            array.shape() !=
-                rule.shape(slot, array_of(gradients_[i]).shape())) {
-          std::ostringstream message;
-          message << "the state " << name << " has shape " << array.shape()
-                  << "; expected " << expected;
-          throw std::invalid_argument(message.str());
+      const auto& parameter = tensors.slots[0].back();
+      const bool is_half =
+          parameter.dtype() == mx::float16 || parameter.dtype() == mx::bfloat16;
+      if (const auto rest = entry(states_[i], error); rest && is_array(rest)) {
+        const auto& a = array_of(rest);
+        // Others are a user's own.
+        if (is_half && (a.dtype() == mx::int8 || a.dtype() == mx::int16)) {
+          if (a.shape() != parameter.shape()) {
+            std::ostringstream message;
+            message << "the state error has shape " << a.shape()
+                    << "; expected " << parameter.shape();
+            throw std::invalid_argument(message.str());
+          }
+          hold(j, 0,
+               a.dtype() == mx::int8 ? Storage::split24 : Storage::split32,
+               rest);
         }
-      }
-      // There is no half a complex number.
-      if (state_dtype && array.dtype() != *state_dtype &&
-          array.dtype() != mx::complex64) {
-        array = mx::astype(array, *state_dtype);
+      } else if (is_half && request.scalars.values[seed] &&
+                 rule.slots[0].is_written) {
+        hold(j, 0, Storage::stochastic, {});
       }
     }
   }
+  // The keys under which the parts of each state stand.
+  std::vector<nb::str> keys, codes8, codes4, scales;
+  for (size_t k = 0; k < rule.states.size(); ++k) {
+    const auto& name = rule.states[k];
+    keys.emplace_back(name.c_str());
+    codes8.emplace_back((name + "_int8").c_str());
+    codes4.emplace_back((name + "_int4").c_str());
+    scales.emplace_back((name + "_scales").c_str());
+    const size_t slot = k + reads_parameter;
+    auto& state = tensors.slots[slot];
+    for (size_t j = 0; j < chosen.size(); ++j) {
+      const size_t i = chosen[j];
+      const auto shapes_fit = [&](const mx::Shape& found) {
+        if (!reads_parameter || !is_array(parameters_[i])) {
+          return true;
+        }
+        // Gradients that broadcast make a state of their shape when they are
+        // the first step's.
+        const int number = static_cast<int>(k) + 1;
+        return found == rule.shape(number, array_of(parameters_[i]).shape()) ||
+               found == rule.shape(number, array_of(gradients_[i]).shape());
+      };
+      const auto refuse = [&](const std::string& key, const mx::Shape& found,
+                              const mx::Shape& expected) {
+        std::ostringstream message;
+        message << "the state " << key << " has shape " << found
+                << "; expected " << expected;
+        throw std::invalid_argument(message.str());
+      };
+      if (collect_into(state, entry(states_[i], keys.back()))) {
+        auto& array = state.back();
+        check_is_there(array);
+        // It would widen the parameter, or be widened.
+        if (!shapes_fit(array.shape())) {
+          refuse(name, array.shape(),
+                 rule.shape(static_cast<int>(k) + 1,
+                            array_of(parameters_[i]).shape()));
+        }
+        // There is no half a complex number.
+        if (state_dtype && array.dtype() != *state_dtype &&
+            array.dtype() != mx::complex64) {
+          array = mx::astype(array, *state_dtype);
+        }
+        continue;
+      }
+      const auto& like = reads_parameter ? tensors.slots[0][j] : gradients[j];
+      const int size = static_cast<int>(like.size());
+      const bool is_short = !entry(states_[i], codes8.back());
+      const auto companion = entry(states_[i], scales.back());
+      if (!companion || !is_array(companion) ||
+          !collect_into(state, entry(states_[i], is_short ? codes4.back()
+                                                          : codes8.back()))) {
+        return false;
+      }
+      check_is_there(state.back());
+      check_is_there(array_of(companion));
+      const Format format{is_short ? Storage::codes4 : Storage::codes8};
+      const auto expected = is_short ? mx::Shape{(size + 1) / 2} : like.shape();
+      if (state.back().shape() != expected) {
+        refuse(name + (is_short ? "_int4" : "_int8"), state.back().shape(),
+               expected);
+      }
+      const mx::Shape blocks = {(size + format.block() - 1) / format.block()};
+      if (array_of(companion).shape() != blocks) {
+        refuse(name + "_scales", array_of(companion).shape(), blocks);
+      }
+      hold(j, slot, format.storage, companion);
+    }
+  }
+  for (auto& companions : tensors.companions) {
+    if (!companions.empty()) {
+      companions.resize(chosen.size(), gradients[0]);
+    }
+  }
   request.keep_dtypes = state_dtype.has_value();
+  if (indices) {
+    request.numbers.assign(chosen.begin(), chosen.end());
+  }
   fused_update(tensors, std::move(request));
   changes_.reserve(changes_.size() + chosen.size() * keys.size());
+  const auto storage = [&](size_t j, size_t slot) {
+    return tensors.storage.empty() ? Storage::plain
+                                   : tensors.storage[j * slots + slot];
+  };
   for (size_t j = 0; j < chosen.size(); ++j) {
     const size_t i = chosen[j];
     if (reads_parameter && rule.slots.front().is_written) {
-      parameters_[i] = nb::cast(std::move(tensors.parameters[j]));
+      parameters_[i] = nb::cast(std::move(tensors.slots[0][j]));
+      if (Format{storage(j, 0)}.is_split()) {
+        changes_.push_back(
+            {i, nb::str("error"), std::move(tensors.companions[0][j])});
+      }
     }
     if (rule.slots.back().is_written) {
-      gradients_[i] = nb::cast(std::move(tensors.gradients[j]));
+      gradients_[i] = nb::cast(std::move(gradients[j]));
     }
     for (size_t k = 0; k < keys.size(); ++k) {
-      changes_.push_back({i, keys[k], std::move(tensors.states[k][j])});
+      const size_t slot = k + reads_parameter;
+      const Format format{storage(j, slot)};
+      const auto& key = format.storage == Storage::codes8   ? codes8[k]
+                        : format.storage == Storage::codes4 ? codes4[k]
+                                                            : keys[k];
+      changes_.push_back({i, key, std::move(tensors.slots[slot][j])});
+      if (format.has_codes()) {
+        changes_.push_back(
+            {i, scales[k], std::move(tensors.companions[slot][j])});
+      }
     }
   }
   return true;

@@ -13,6 +13,25 @@ def sums_of_squares(
 ) -> tuple[mx.array, mx.array, mx.array]: ...
 def scale(arrays: Sequence[mx.array], factor: mx.array) -> list[mx.array]: ...
 
+def non_negative(rule: str) -> list[str]: ...
+def encode(
+    values: mx.array, storage: str, is_never_negative: bool
+) -> tuple[mx.array, mx.array]: ...
+def decode(
+    codes: mx.array,
+    scales: mx.array,
+    shape: Sequence[int],
+    storage: str,
+    is_never_negative: bool,
+) -> mx.array: ...
+def split(
+    values: mx.array, storage: str, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]: ...
+def join(weights: mx.array, errors: mx.array) -> mx.array: ...
+def round_stochastically(
+    values: mx.array, dtype: mx.Dtype, seed: mx.array, step: mx.array, tensor: int
+) -> mx.array: ...
+
 class Leaves:
     def __init__(
         self,
@@ -41,6 +60,7 @@ class Leaves:
         step: mx.array | None = None,
         gradient_scale: mx.array | None = None,
         skip: mx.array | None = None,
+        seed: mx.array | None = None,
         per_tensor: bool = False,
         state_dtype: mx.Dtype | None = None,
         indices: Sequence[int] | None = None,
@@ -59,7 +79,12 @@ class Snapshot:
 def num_threads() -> int: ...
 def set_num_threads(count: int) -> None: ...
 def check_update(
-    rule: str, parameter: mx.array, gradient: mx.array, state: mx.array
+    rule: str,
+    parameter: mx.array,
+    gradient: mx.array,
+    state: mx.array,
+    parameter_storage: str = "plain",
+    state_storage: str = "plain",
 ) -> str | None: ...
 def check_sums(array: mx.array) -> str | None: ...
 def reset_trust() -> None: ...

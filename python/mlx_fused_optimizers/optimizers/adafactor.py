@@ -67,6 +67,8 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         TypeError: In a step, if a parameter or gradient is complex.
     """
 
+    takes_codes = False
+
     def __init__(
         self,
         learning_rate: LearningRate | None = None,

@@ -8,15 +8,27 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from zlib import crc32
 
 import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten
 
 from .._kernels import kernels
+from .held import (
+    HALF_DTYPES,
+    has_shape,
+    hold,
+    hold_error,
+    is_error,
+    kind_of,
+    plain_name,
+    release,
+)
 from .options import (
     FUSED_DTYPES,
     OPTIONS,
+    QuantizeFilter,
     StepOptions,
     WeightDecayFilter,
     documented,
@@ -139,6 +151,7 @@ class Optimizer(stock.Optimizer):
         OPTIONS[name].check(self, value)
         before = self._option_state()
         super().__setattr__(name, value)
+        self._initialized = False  # the next step brings the state into its form
         for entry in before.keys() - self._option_state():
             self.state.pop(entry, None)
 
@@ -280,10 +293,10 @@ class Optimizer(stock.Optimizer):
                 if name not in parameters and isinstance(value, (dict, list, tuple)):
                     del state[name]
         for name, parameter in parameters.items():
-            state[name] = self._state_of(parameter, state.get(name))
+            state[name] = self._state_of(parameter, state.get(name), name)
         self._initialized = True
 
-    def _state_of(self, node: Any, state: Any) -> Any:
+    def _state_of(self, node: Any, state: Any, path: str) -> Any:
         """The state of a node of the parameters, made of what it was."""
         if isinstance(node, dict):
             state = state if isinstance(state, dict) else {}
@@ -291,12 +304,14 @@ class Optimizer(stock.Optimizer):
                 for name in state.keys() - node.keys():
                     del state[name]
             for name, child in node.items():
-                state[name] = self._state_of(child, state.get(name))
+                state[name] = self._state_of(
+                    child, state.get(name), f"{path}.{name}"
+                )
             return state
         if isinstance(node, (list, tuple)):
             was = state if isinstance(state, (list, tuple)) else ()
             states = [
-                self._state_of(child, was[i] if i < len(was) else None)
+                self._state_of(child, was[i] if i < len(was) else None, f"{path}.{i}")
                 for i, child in enumerate(node)
             ]
             if not self._initialized:
@@ -308,11 +323,15 @@ class Optimizer(stock.Optimizer):
         state = state if isinstance(state, dict) else {}
         if self._initialized and state:
             shapes = self._shapes(node)
-            if any(getattr(state.get(k), "shape", 0) != x for k, x in shapes.items()):
+            if not all(has_shape(state, k, x) for k, x in shapes.items()):
                 state.clear()
         if not state:
             self.init_single(node, state)
+        self._hold(path, node, state)
         return state
+
+    def _hold(self, path: str, parameter: mx.array, state: dict[str, Any]) -> None:
+        """Bring a parameter's state into the form that the options ask for."""
 
     def _shapes(self, parameter: mx.array) -> dict[str, Any]:
         """The shapes that the entries of a parameter's state must have.
@@ -401,8 +420,7 @@ class Optimizer(stock.Optimizer):
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
         """One step; clip is given where it was measured over more than these."""
         if not self._initialized:
-            kernels.Leaves(gradients)
-            self.init(gradients)
+            self.init(self._initial(kernels.Leaves(gradients, parameters)))
         self._set_option_state()
         leaves = kernels.Leaves(gradients, parameters, self.state)
         for name, schedule in self._schedulers.items():
@@ -415,6 +433,10 @@ class Optimizer(stock.Optimizer):
             step = mx.where(clip.skip, self.step, step)
         self.state["step"] = step
         return self._apply_leaves(leaves, clip)
+
+    def _initial(self, leaves: Leaves) -> Any:
+        """The tree for which a first step initializes the state."""
+        return leaves.tree
 
     def _record(self, clip: Clip) -> None:
         state = self.state
@@ -463,6 +485,11 @@ class Optimizer(stock.Optimizer):
 documented(Optimizer)
 
 
+def _is_large(path: str, parameter: mx.array) -> bool:
+    """Whether codes are worth it; norms and biases matter most, and cost little."""
+    return parameter.size >= 4096
+
+
 class FusedOptimizer(Optimizer):
     """An optimizer whose update is a rule of ``metal/update_rules.h``.
 
@@ -477,7 +504,11 @@ class FusedOptimizer(Optimizer):
     """
 
     rule: ClassVar[str]
-    state_dtype: mx.Dtype | None = None
+    takes_codes: ClassVar[bool] = True
+    state_dtype: mx.Dtype | str | None = None
+    quantize_filter: QuantizeFilter | None = None
+    master_weights: str | None = None
+    stochastic_rounding: bool = False
     weight_decay_filter: WeightDecayFilter | None = None
 
     def __init__(
@@ -489,11 +520,17 @@ class FusedOptimizer(Optimizer):
 
     def _set_options(
         self,
-        state_dtype: mx.Dtype | None = None,
+        state_dtype: mx.Dtype | str | None = None,
+        quantize_filter: QuantizeFilter | None = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
         weight_decay_filter: WeightDecayFilter | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
         self.state_dtype = state_dtype
+        self.quantize_filter = quantize_filter
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
         self.weight_decay_filter = weight_decay_filter
         self._set_step_options(**options)
         warn_of_arguments(self)
@@ -504,7 +541,7 @@ class FusedOptimizer(Optimizer):
         Args:
             parameter (array): The parameter.
             state (dict): Gets arrays of the parameter's shape, and of its dtype or
-                ``state_dtype``.
+                ``state_dtype``; :meth:`init` brings them into codes.
         """
         inherited = super().init_single
         if getattr(inherited, "__func__", None) is stock.Optimizer.init_single:
@@ -524,11 +561,39 @@ class FusedOptimizer(Optimizer):
         shapes = {key: x.shape for key, x in own.items() if key in given}
         return {key: x for key, x in shapes.items() if given[key].shape == x}
 
+    def _option_state(self) -> dict[str, mx.Dtype]:
+        random = {"rounding_seed": mx.uint32} if self.stochastic_rounding else {}
+        return {**super()._option_state(), **random}
+
+    def _initial(self, leaves: Leaves) -> Any:
+        # What is in codes or has an error is of the parameters' dtypes.
+        holds = isinstance(self.state_dtype, str) or self.master_weights is not None
+        return leaves.replace(leaves.parameters) if holds else leaves.tree
+
+    def _plain_dtype(self) -> mx.Dtype | None:
+        """The dtype of states that are in no codes; None for the parameters'."""
+        if isinstance(self.state_dtype, mx.Dtype):
+            return self.state_dtype
+        holds = self.state_dtype is not None or self.master_weights is not None
+        return mx.float32 if holds else None
+
+    def _hold(self, path: str, parameter: mx.array, state: dict[str, Any]) -> None:
+        kind = self.state_dtype if isinstance(self.state_dtype, str) else None
+        if parameter.dtype not in FUSED_DTYPES:
+            kind = None
+        elif kind is not None:
+            decides = self.quantize_filter or _is_large
+            kind = kind if decides(path, parameter) else None
+        for key in kernels.states(self._rule()):
+            if kind_of(state, key) != kind:
+                release(state, key, parameter.shape, self._rule())
+        hold(state, kernels.states(self._rule()), self._rule(), kind)
+        hold_error(state, parameter, self.master_weights)
+
     def _cast(self, value: Any) -> Any:
         is_moment = isinstance(value, mx.array) and value.dtype in FUSED_DTYPES
-        if self.state_dtype is None or not is_moment:
-            return value
-        return value.astype(self.state_dtype)
+        dtype = self._plain_dtype()
+        return value if dtype is None or not is_moment else value.astype(dtype)
 
     def _cast_all(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
@@ -596,13 +661,23 @@ class FusedOptimizer(Optimizer):
             # Gradients that broadcast make a state of their shape.
             wanted, other = shapes_of(parameter.shape), shapes_of(gradient.shape)
             for key, shape in wanted.items():
-                if state[key].shape not in (shape, other[key]):
-                    raise ValueError(f"the state {key} has shape {state[key].shape}")
+                fits = (has_shape(state, key, x) for x in (shape, other[key]))
+                if not any(fits):
+                    raise ValueError(f"the state {key} has another shape than {shape}")
 
     def _apply_one(
         self, path: str, gradient: Any, parameter: Any, state: Any, clip: Clip
     ) -> Any:
         """As of all optimizers, for code that knows nothing of the options."""
+        kinds = {key: kind_of(state, key) for key in kernels.states(self._rule())}
+        for key in kinds:
+            release(state, key, parameter.shape, self._rule())
+        dtype = parameter.dtype
+        is_split = is_error(state.get("error")) and dtype in HALF_DTYPES
+        if is_split:
+            parameter = kernels.join(parameter, state.pop("error"))
+        elif self.stochastic_rounding and dtype in HALF_DTYPES:
+            parameter = parameter.astype(mx.float32)
         self._cast_all(state)
         usual = getattr(self, "weight_decay", None)
         decays = self.weight_decay_filter
@@ -613,10 +688,23 @@ class FusedOptimizer(Optimizer):
         finally:
             if usual is not None:
                 self.weight_decay = usual
-        if self.state_dtype is None:
+        if self._plain_dtype() is None and not self.stochastic_rounding:
             return updated
         self._cast_all(state)
-        return updated.astype(parameter.dtype)
+        for kind in {*kinds.values()} - {None}:
+            chosen = [key for key, x in kinds.items() if x == kind]
+            hold(state, chosen, self._rule(), kind)
+        if is_split:
+            updated, state["error"] = kernels.split(updated, self.master_weights, dtype)
+        elif self.stochastic_rounding and dtype in HALF_DTYPES:
+            updated = kernels.round_stochastically(
+                updated.astype(mx.float32),
+                dtype,
+                self.state["rounding_seed"],
+                self.step,
+                crc32(path.encode()),
+            )
+        return updated.astype(dtype)
 
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
         """Compute what becomes of the leaves; nothing is changed yet."""
@@ -641,7 +729,8 @@ class FusedOptimizer(Optimizer):
                 rule,
                 hyperparameters,
                 step=as_array(self.step),
-                **{"state_dtype": self.state_dtype, **rest},
+                seed=self.state.get("rounding_seed"),
+                **{"state_dtype": self._plain_dtype(), **rest},
             )
 
         if run():
@@ -651,7 +740,8 @@ class FusedOptimizer(Optimizer):
         ):
             leaves.set_parameter(i, as_array(parameter))
             for key in kernels.states(rule):
-                state[key] = as_array(state[key])
+                if key in state:
+                    state[key] = as_array(state[key])
         if not run():
             raise TypeError(f"[{type(self).__name__}] expected trees of arrays")
 
@@ -668,7 +758,7 @@ class FusedOptimizer(Optimizer):
             expected: dict[str, Any] = {}
             if isinstance(parameter, mx.array):
                 self.init_single(parameter, expected)
-            if not state.keys() >= expected.keys():
+            if not {*map(plain_name, state)} >= expected.keys():
                 raise KeyError(
                     f"[{name}] the state of '{path}' has {', '.join(state)}; expected "
                     f"{', '.join(expected)}. Is it another optimizer's? Otherwise call "
@@ -677,7 +767,7 @@ class FusedOptimizer(Optimizer):
             arrays = {
                 "parameter": parameter,
                 "gradient": gradient,
-                **{key: state[key] for key in expected},
+                **{key: state[key] for key in expected if key in state},
             }
             for kind, array in arrays.items():
                 if not isinstance(array, mx.array):
@@ -693,8 +783,9 @@ class FusedOptimizer(Optimizer):
                     f"expected {parameter.shape}"
                 ) from error
             for key, like in expected.items():
-                if state[key].shape != like.shape:
+                if not has_shape(state, key, like.shape):
+                    shape = getattr(state.get(key), "shape", "another")
                     raise ValueError(
-                        f"[{name}] the {key} of '{path}' has shape {state[key].shape}; "
-                        f"expected {like.shape}. When a model has changed, call {INIT}"
+                        f"[{name}] the {key} of '{path}' has shape {shape}; expected "
+                        f"{like.shape}. When a model has changed, call {INIT}"
                     ) from error

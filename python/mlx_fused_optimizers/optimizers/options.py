@@ -15,9 +15,12 @@ from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import mlx.core as mx
 
-FUSED_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+from .held import BLOCKS, ERRORS, HALF_DTYPES
+
+FUSED_DTYPES = (mx.float32, *HALF_DTYPES)
 
 WeightDecayFilter = Callable[[str, mx.array], bool]
+QuantizeFilter = Callable[[str, mx.array], bool]
 
 
 class StepOptions(TypedDict, total=False):
@@ -30,7 +33,10 @@ class StepOptions(TypedDict, total=False):
 class FusedOptions(StepOptions, total=False):
     """Of the optimizers that have state of their own kind."""
 
-    state_dtype: mx.Dtype | None
+    state_dtype: mx.Dtype | str | None
+    quantize_filter: QuantizeFilter | None
+    master_weights: str | None
+    stochastic_rounding: bool
 
 
 class DecayOptions(FusedOptions, total=False):
@@ -60,15 +66,55 @@ def _check_max_grad_norm(optimizer: Any, value: Any) -> None:
 def _check_state_dtype(optimizer: Any, value: Any) -> None:
     if value is None:
         return
-    if not isinstance(value, mx.Dtype):
+    if not isinstance(value, (mx.Dtype, str)):
         raise TypeError(
             f"state_dtype is of type {type(value).__name__}; expected a dtype such as "
-            "mlx.core.float32"
+            'mlx.core.float32, "int8" or "int4"'
         )
-    if value not in FUSED_DTYPES:
+    # Dtypes and strings do not compare.
+    if value not in (BLOCKS if isinstance(value, str) else FUSED_DTYPES):
         raise ValueError(
-            f"state_dtype should be float32, float16 or bfloat16, {value} was provided "
-            "instead"
+            'state_dtype should be float32, float16, bfloat16, "int8" or "int4", '
+            f"{value!r} was provided instead"
+        )
+    if isinstance(value, str) and not optimizer.takes_codes:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no states in codes: it holds means of rows "
+            f"and columns, which are small; found state_dtype={value!r}"
+        )
+
+
+def _check_master_weights(optimizer: Any, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(
+            f"master_weights is of type {type(value).__name__}; expected "
+            f"{' or '.join(map(repr, ERRORS))}"
+        )
+    if value is not None and value not in ERRORS:
+        raise ValueError(
+            f"master_weights should be {' or '.join(map(repr, ERRORS))}, {value!r} was "
+            "provided instead"
+        )
+    _check_one_rounding(value, getattr(optimizer, "stochastic_rounding", False))
+
+
+def _check_stochastic_rounding(optimizer: Any, value: Any) -> None:
+    _check_one_rounding(getattr(optimizer, "master_weights", None), value)
+
+
+def _check_one_rounding(master_weights: Any, stochastic_rounding: Any) -> None:
+    if master_weights is not None and stochastic_rounding:
+        raise ValueError(
+            "master_weights and stochastic_rounding exclude each other: a weight with a "
+            "master loses nothing when it is rounded"
+        )
+
+
+def _check_quantize_filter(optimizer: Any, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"quantize_filter is of type {type(value).__name__}; expected a callable "
+            "that takes a path and an array"
         )
 
 
@@ -113,10 +159,36 @@ skip_nonfinite (bool, optional): A step whose gradients' global norm is not
     "state_dtype": Option(
         None,
         """\
-state_dtype (Dtype, optional): The dtype of the state: float32, float16 or
-    bfloat16; parameters then keep theirs. Complex state stays complex64.
-    Default: that of the parameters""",
+state_dtype (Dtype or str, optional): The dtype of the state: float32, float16 or
+    bfloat16; or ``"int8"`` or ``"int4"``, codes of which 64 or 32 share a float32
+    scale. Parameters then keep theirs. Complex state stays complex64.
+    Default: that of the parameters, float32 with ``master_weights``""",
         _check_state_dtype,
+    ),
+    "quantize_filter": Option(
+        None,
+        """\
+quantize_filter (callable, optional): ``(path, array) -> bool``, whether a
+    parameter's state is held in codes if ``state_dtype`` is one of those; the
+    others' is float32. Default: that of 4,096 elements or more""",
+        _check_quantize_filter,
+    ),
+    "master_weights": Option(
+        None,
+        """\
+master_weights (str, optional): ``"24bit"`` or ``"32bit"``: parameters of half
+    precision get a state ``error`` of 8 or 16 bits, what rounding took from
+    their float32 master. Default: ``None``""",
+        _check_master_weights,
+    ),
+    "stochastic_rounding": Option(
+        False,
+        """\
+stochastic_rounding (bool, optional): Round parameters of half precision up or
+    down at random, so that small updates are not lost. The random bits follow
+    from the entry ``rounding_seed`` of the state and the step.
+    Default: ``False``""",
+        _check_stochastic_rounding,
     ),
     "weight_decay_filter": Option(
         None,
@@ -155,6 +227,10 @@ WITHOUT_EFFECT: list[tuple[Callable[[Any], Any], str]] = [
     (
         lambda o: o.weight_decay_filter is not None and not o.weight_decay,
         "weight_decay_filter has no effect with a weight_decay of 0",
+    ),
+    (
+        lambda o: o.quantize_filter is not None and not isinstance(o.state_dtype, str),
+        'quantize_filter has no effect without state_dtype="int8" or "int4"',
     ),
 ]
 
