@@ -52,6 +52,8 @@ namespace {
 namespace metal {
 inline float abs(float x) { return __builtin_fabsf(x); }
 inline float floor(float x) { return __builtin_floorf(x); }
+// Below 2^22, by the rounding of an addition: it vectorises everywhere.
+inline float rint(float x) { return x + 12582912.0f - 12582912.0f; }
 namespace precise {
 inline float exp(float x) { return __builtin_expf(x); }
 inline float pow(float x, float y) { return __builtin_powf(x, y); }

@@ -253,42 +253,57 @@ void update(int rule, const float* numbers, float learning_rate, float step,
                      n, std::make_integer_sequence<int, rule_count>());
 }
 
-// Elements that share a scale.
-constexpr size_t longest_block = 64;
-
+// A block of codes, of `block` elements or the last ones.
 template <bool is_positive>
-void load_whole_codes(const float* codes, const float* scales, size_t block,
-                      float most, float* out, size_t n) {
-  for (size_t start = 0; start < n; start += block) {
-    const float scale = *scales++;
-    const size_t size = n - start < block ? n - start : block;
-    for (size_t i = start; i < start + size; ++i) {
-      out[i] = is_positive ? decoded_positive<float>(codes[i], scale, most)
-                           : decoded_signed<float>(codes[i], scale, most);
-    }
+inline __attribute__((always_inline)) void load_block(const float* codes,
+                                                      float scale, float most,
+                                                      float* out, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    out[i] = is_positive ? decoded_positive<float>(codes[i], scale, most)
+                         : decoded_signed<float>(codes[i], scale, most);
   }
 }
 
 template <bool is_positive>
-void store_whole_codes(const float* in, size_t block, float most, float* scales,
-                       float* codes, size_t n) {
-  for (size_t start = 0; start < n; start += block) {
-    const size_t size = n - start < block ? n - start : block;
-    int32_t largest = 0;  // of the bits: that of a NaN is the largest
-    for (size_t i = start; i < start + size; ++i) {
-      const auto bits = static_cast<int32_t>(as_bits(in[i]) & 0x7fffffffu);
-      largest = bits > largest ? bits : largest;
-    }
-    const float scale = as_float(static_cast<uint32_t>(largest));
-    *scales++ = scale;
-    const float stretch = is_positive
-                              ? stretch_positive<float, uint32_t>(scale, most)
-                              : stretch_signed<float, uint32_t>(scale, most);
-    for (size_t i = start; i < start + size; ++i) {
-      codes[i] = is_positive
-                     ? encoded_positive<float, uint32_t>(in[i], stretch)
-                     : encoded_signed<float, uint32_t>(in[i], stretch);
-    }
+inline __attribute__((always_inline)) float store_block(const float* in,
+                                                        float most,
+                                                        float* codes,
+                                                        size_t n) {
+  int32_t largest = 0;  // of the bits: that of a NaN is the largest
+  for (size_t i = 0; i < n; ++i) {
+    const auto bits = static_cast<int32_t>(as_bits(in[i]) & 0x7fffffffu);
+    largest = bits > largest ? bits : largest;
+  }
+  const float scale = as_float(static_cast<uint32_t>(largest));
+  const float stretch = is_positive
+                            ? stretch_positive<float, uint32_t>(scale, most)
+                            : stretch_signed<float, uint32_t>(scale, most);
+  for (size_t i = 0; i < n; ++i) {
+    codes[i] = is_positive ? encoded_positive<float, uint32_t>(in[i], stretch)
+                           : encoded_signed<float, uint32_t>(in[i], stretch);
+  }
+  return scale;
+}
+
+template <bool is_positive, size_t block>
+void load_whole_codes(const float* codes, const float* scales, float most,
+                      float* out, size_t n) {
+  for (; n >= block; n -= block, codes += block, out += block) {
+    load_block<is_positive>(codes, *scales++, most, out, block);
+  }
+  if (n > 0) {
+    load_block<is_positive>(codes, *scales, most, out, n);
+  }
+}
+
+template <bool is_positive, size_t block>
+void store_whole_codes(const float* in, float most, float* scales, float* codes,
+                       size_t n) {
+  for (; n >= block; n -= block, codes += block, in += block) {
+    *scales++ = store_block<is_positive>(in, most, codes, block);
+  }
+  if (n > 0) {
+    *scales = store_block<is_positive>(in, most, codes, n);
   }
 }
 
@@ -329,17 +344,23 @@ void load_codes(CodesOrError kind, Pair from, float* out, size_t n) {
   } else {
     copy_converted(reinterpret_cast<const int8_t*>(bytes), codes, n);
   }
-  (kind.is_never_negative ? load_whole_codes<true> : load_whole_codes<false>)(
-      codes, reinterpret_cast<const float*>(from.companions),
-      kind.bits == 4 ? longest_block / 2 : longest_block, most_of(kind), out,
-      n);
+  const auto load = kind.is_never_negative
+                        ? kind.bits == 4 ? load_whole_codes<true, 32>
+                                         : load_whole_codes<true, 64>
+                    : kind.bits == 4 ? load_whole_codes<false, 32>
+                                     : load_whole_codes<false, 64>;
+  load(codes, reinterpret_cast<const float*>(from.companions), most_of(kind),
+       out, n);
 }
 
 void store_codes(CodesOrError kind, const float* in, Pair to, size_t n) {
   alignas(64) float codes[block_size];
-  (kind.is_never_negative ? store_whole_codes<true> : store_whole_codes<false>)(
-      in, kind.bits == 4 ? longest_block / 2 : longest_block, most_of(kind),
-      reinterpret_cast<float*>(to.companions), codes, n);
+  const auto store = kind.is_never_negative
+                         ? kind.bits == 4 ? store_whole_codes<true, 32>
+                                          : store_whole_codes<true, 64>
+                     : kind.bits == 4 ? store_whole_codes<false, 32>
+                                      : store_whole_codes<false, 64>;
+  store(in, most_of(kind), reinterpret_cast<float*>(to.companions), codes, n);
   auto* bytes = reinterpret_cast<uint8_t*>(to.values);
   if (kind.bits == 4) {
     if (n % 2 == 1) {
@@ -421,8 +442,9 @@ void store_split(CodesOrError kind, const float* in, Pair to, size_t n) {
   }
 }
 
-void round_stochastically(bool is_float16, uint32_t key, uint64_t first,
-                          float* values, size_t n) {
+template <bool is_float16>
+void round_each_stochastically(uint32_t key, uint64_t first, float* values,
+                               size_t n) {
   // Blocks do not reach across a multiple of 2^32.
   const auto high = static_cast<uint32_t>(first >> 32);
   const auto low = static_cast<uint32_t>(first);
@@ -433,6 +455,12 @@ void round_stochastically(bool is_float16, uint32_t key, uint64_t first,
                     ? stochastic_float16<float, uint32_t>(values[i], random)
                     : stochastic_bfloat16<float, uint32_t>(values[i], random);
   }
+}
+
+void round_stochastically(bool is_float16, uint32_t key, uint64_t first,
+                          float* values, size_t n) {
+  (is_float16 ? round_each_stochastically<true>
+              : round_each_stochastically<false>)(key, first, values, n);
 }
 
 void add_squares(const float* x, size_t n, float scale, float* lanes) {

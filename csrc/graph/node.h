@@ -136,15 +136,14 @@ inline Bits clamped(const Bits& x, const Bits& least, const Bits& most) {
   return mx::minimum(mx::maximum(x.array(), least.array()), most.array());
 }
 
-inline Bits operator<(const Node& a, const Node& b) {
-  return mx::less(a.beside(b), b.beside(a));
-}
-
 inline Node round_down(const Node& x) { return mx::floor(x.array()); }
 
 inline Node nearest(const Node& x) {
-  const auto rounded = sign_of(x) * round_down(magnitude(x) + 0.5);
-  return mx::where(mx::isnan(x.array()), mx::array(0.0f), rounded.array());
+  return mx::where(mx::isnan(x.array()), mx::array(0.0f), mx::round(x.array()));
+}
+
+inline Bits is_positive(const Node& x) {
+  return mx::greater(x.array(), mx::array(0.0f));
 }
 
 template <typename U>
