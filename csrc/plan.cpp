@@ -178,7 +178,8 @@ Plan make_plan(const PlanKey& key, mx::Stream stream) {
       formats[k].dtype = promoted(rule, given, k);
     }
     if (!key.may_fuse || !Signature::fits(bits) ||
-        (key.is_metal && !is_trusted(rule, formats, stream))) {
+        (key.is_metal &&
+         !(can_hold(formats) && is_trusted(rule, formats, stream)))) {
       plan.groups.push_back({false, std::move(formats), {i}});
       continue;
     }

@@ -120,8 +120,8 @@ METAL_FUNC void split_bfloat16(T x, thread T& weight, thread U& rest) {
 // infinite is rounded down, or it could become 0, and the master infinite.
 template <typename T, typename U>
 METAL_FUNC U shortened(U rest, T weight) {
-  const U half = choose(is_finite(weight), U(0x8080u), U(0x8000u));
-  return clamped((rest + half) >> 8, U(1u), U(255u)) - 128u;
+  const U middle = choose(is_finite(weight), U(0x8080u), U(0x8000u));
+  return clamped((rest + middle) >> 8, U(1u), U(255u)) - 128u;
 }
 
 template <typename T, typename U>

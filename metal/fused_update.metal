@@ -19,6 +19,8 @@ using namespace metal;
 #include "gradients.h"
 #include "rule_language.h"
 #include "update_rules.h"
+#include "formats.h"
+#include "held.h"
 
 // A rule begins with its numbers, each of which is three floats.
 template <typename Rule>
@@ -29,21 +31,30 @@ METAL_FUNC void set_numbers(thread Rule& rule, constant float* numbers) {
   }
 }
 
-// Four elements of a tensor, by their gradients g.
+// Four elements as memory holds them, where that is not what a rule computes
+// with: a step that is skipped gives back the same bits.
+template <int states>
+struct Raw {
+  int codes[states + 1][vector_size];
+  float weights[vector_size];
+  int errors[vector_size];
+};
+
+// Four elements of a tensor, by their gradients g. Index is that of the first in
+// the tile.
 template <typename Rule, typename Slots>
 METAL_FUNC void update_vector(
     const thread Slots& slots,
     const thread Elements& at,
+    int index,
     const thread Rule& rule,
     float gradient_scale,
     bool skip,
     thread float* g) {
   float p[vector_size] = {0, 0, 0, 0};
   float s[Rule::states + 1][vector_size];
-  if constexpr (Rule::reads_parameter) {
-    load_vector(slots.parameter, at, p);
-  }
-  load_states(slots, at, s);
+  Raw<Rule::states> raw;
+  slots.load(at, index, raw, p, s);
   if (!skip) {
     FOR_EACH_OF_VECTOR {
       float states[Rule::states + 1];
@@ -57,16 +68,14 @@ METAL_FUNC void update_vector(
       }
     }
   }
-  if constexpr (Rule::writes_parameter) {
-    store_vector(p, at, slots.new_parameter);
-  }
-  store_states(s, at, slots);
+  slots.store(at, index, skip, raw, p, s);
   if constexpr (Rule::writes_gradient) {
     store_vector(g, at, slots.new_gradient);
   }
 }
 
-// A tile of neighbouring elements.
+// A tile of neighbouring elements. The scales of its blocks of codes lie in
+// threadgroup memory meanwhile, so that each line of them is read once.
 template <typename Rule, typename Slots>
 METAL_FUNC void update_tile(
     const thread Slots& slots,
@@ -77,6 +86,15 @@ METAL_FUNC void update_tile(
     bool skip,
     uint tile,
     uint thread_index) {
+  const int64_t start = int64_t(tile - tensor.first_tile) * tile_size;
+  if constexpr (Slots::coded > 0) {
+    for (int j = int(thread_index); j < tile_size / Slots::block_size;
+         j += tile_threads) {
+      slots.load_scales(
+          j, scale_of_tile<Slots::block_size>(j, start, tensor.size));
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
   for (int vector = 0; vector < vectors_each; ++vector) {
     const Elements at = neighbours(
         vector_start(tile, tensor.first_tile, thread_index, vector),
@@ -84,12 +102,22 @@ METAL_FUNC void update_tile(
         tensor.vectorized != 0);
     float g[vector_size];
     load_gradient(slots.gradient, tensor, walks, at, g);
-    update_vector(slots, at, rule, gradient_scale, skip, g);
+    const int index =
+        (vector * tile_threads + int(thread_index)) * vector_size;
+    update_vector(slots, at, index, rule, gradient_scale, skip, g);
+  }
+  if constexpr (Slots::coded > 0) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int j = int(thread_index); j < tile_size / Slots::block_size;
+         j += tile_threads) {
+      slots.store_scales(
+          j, scale_of_tile<Slots::block_size>(j, start, tensor.size));
+    }
   }
 }
 
 // A tile of a tensor whose gradient is transposed: a block of it.
-template <typename Rule, typename Slots, typename G>
+template <int rows, int columns, typename Rule, typename Slots, typename G>
 METAL_FUNC void update_block(
     const thread Slots& slots,
     constant LaunchTensor& tensor,
@@ -100,15 +128,31 @@ METAL_FUNC void update_block(
     uint tile,
     uint thread_index,
     threadgroup G* stage) {
-  const Block at = block_of_tile(
+  const Block at = block_of_tile<rows, columns>(
       tile - tensor.first_tile, walks + tensor.walk, tensor.dimensions);
   const bool may_vectorize = tensor.vectorized != 0;
-  stage_block(slots.gradient, at, may_vectorize, thread_index, stage);
+  stage_block<rows, columns>(
+      slots.gradient, at, may_vectorize, thread_index, stage);
+  if constexpr (Slots::coded > 0) {
+    for (int j = int(thread_index); j < rows * columns / Slots::block_size;
+         j += tile_threads) {
+      slots.load_scales(j, scale_of_block<Slots::block_size, columns>(j, at));
+    }
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int vector = 0; vector < vectors_each; ++vector) {
+  for (int vector = 0; vector < BlockShape<rows, columns>::vectors; ++vector) {
     float g[vector_size];
-    const Elements elements =
-        load_staged(stage, at, may_vectorize, vector, thread_index, g);
-    update_vector(slots, elements, rule, gradient_scale, skip, g);
+    const Elements elements = load_staged<rows, columns>(
+        stage, at, may_vectorize, vector, thread_index, g);
+    const int index =
+        (vector * tile_threads + int(thread_index)) * vector_size;
+    update_vector(slots, elements, index, rule, gradient_scale, skip, g);
+  }
+  if constexpr (Slots::coded > 0) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int j = int(thread_index); j < rows * columns / Slots::block_size;
+         j += tile_threads) {
+      slots.store_scales(j, scale_of_block<Slots::block_size, columns>(j, at));
+    }
   }
 }

@@ -60,11 +60,16 @@ METAL_FUNC void load_gradient(
 }
 
 // A transposed gradient is read along its columns, which are contiguous, in
-// blocks of 64 x 64 elements, and handed over in threadgroup memory: each line
-// of the cache is read once. One column more keeps the threads of a simdgroup
-// on different banks.
-static constexpr constant int block = 64;
-static constexpr constant int block_pitch = block + 1;
+// blocks of rows x columns elements, and handed over in threadgroup memory: each
+// line of the cache is read once. One column more keeps the threads of a
+// simdgroup on different banks.
+template <int rows, int columns>
+struct BlockShape {
+  static constexpr constant int pitch = columns + 1;
+  static constexpr constant int staged = rows * pitch;  // elements
+  static constexpr constant int vectors =               // of each thread
+      rows * columns / (tile_threads * vector_size);
+};
 
 // Where a block lies. walk holds, of Transposed in csrc/strides.h, rows,
 // columns, row_stride, column_stride; then the sizes, strides and row-major
@@ -78,19 +83,20 @@ struct Block {
   int columns;
 };
 
+template <int rows, int columns>
 METAL_FUNC Block
 block_of_tile(uint tile, constant int64_t* walk, uint32_t dimensions) {
-  const uint across = uint((walk[1] + block - 1) / block);
-  const uint down = uint((walk[0] + block - 1) / block);
-  const int64_t row = int64_t(tile / across % down) * block;
-  const int64_t column = int64_t(tile % across) * block;
+  const uint across = uint((walk[1] + columns - 1) / columns);
+  const uint down = uint((walk[0] + rows - 1) / rows);
+  const int64_t row = int64_t(tile / across % down) * rows;
+  const int64_t column = int64_t(tile % across) * columns;
   Block result;
   result.row_stride = walk[2];
   result.column_stride = walk[3];
   result.in_gradient = row + column * walk[3];
   result.in_row_major = row * walk[2] + column;
-  result.rows = int(walk[0] - row < block ? walk[0] - row : block);
-  result.columns = int(walk[1] - column < block ? walk[1] - column : block);
+  result.rows = int(walk[0] - row < rows ? walk[0] - row : rows);
+  result.columns = int(walk[1] - column < columns ? walk[1] - column : columns);
   uint matrix = tile / across / down;
   constant int64_t* sizes = walk + 4;
   for (int d = int(dimensions) - 1; d >= 0; --d) {
@@ -102,17 +108,18 @@ block_of_tile(uint tile, constant int64_t* walk, uint32_t dimensions) {
   return result;
 }
 
-template <typename T>
+template <int rows, int columns, typename T>
 METAL_FUNC void stage_block(
     const device T* gradient,
     const thread Block& at,
     bool may_vectorize,
     uint thread_index,
     threadgroup T* stage) {
-  for (int vector = 0; vector < vectors_each; ++vector) {
+  constexpr int pitch = BlockShape<rows, columns>::pitch;
+  for (int vector = 0; vector < BlockShape<rows, columns>::vectors; ++vector) {
     const int index = vector * tile_threads + int(thread_index);
-    const int column = index / (block / vector_size);
-    const int row = index % (block / vector_size) * vector_size;
+    const int column = index / (rows / vector_size);
+    const int row = index % (rows / vector_size) * vector_size;
     if (column >= at.columns || row >= at.rows) {
       continue;
     }
@@ -122,12 +129,12 @@ METAL_FUNC void stage_block(
       const vec<T, 4> values =
           *reinterpret_cast<const device vec<T, 4>*>(gradient + start);
       FOR_EACH_OF_VECTOR {
-        stage[(row + i) * block_pitch + column] = values[i];
+        stage[(row + i) * pitch + column] = values[i];
       }
     } else {
       FOR_EACH_OF_VECTOR {
         if (row + i < at.rows) {
-          stage[(row + i) * block_pitch + column] = gradient[start + i];
+          stage[(row + i) * pitch + column] = gradient[start + i];
         }
       }
     }
@@ -136,7 +143,7 @@ METAL_FUNC void stage_block(
 
 // A thread's elements of a block, and their gradients. Where rows cannot be
 // read as vectors, neighbouring threads take neighbouring elements.
-template <typename T>
+template <int rows, int columns, typename T>
 METAL_FUNC Elements load_staged(
     const threadgroup T* stage,
     const thread Block& at,
@@ -147,9 +154,9 @@ METAL_FUNC Elements load_staged(
   const int first = vector * tile_threads * vector_size;
   const int index =
       first + int(thread_index) * (may_vectorize ? vector_size : 1);
-  const int row = index / block;
-  const int column = index % block;
-  const int rows_apart = may_vectorize ? 0 : tile_threads / block;
+  const int row = index / columns;
+  const int column = index % columns;
+  const int rows_apart = may_vectorize ? 0 : tile_threads / columns;
   const int columns_apart = may_vectorize ? 1 : 0;
   int count = 0;
   FOR_EACH_OF_VECTOR {
@@ -157,7 +164,7 @@ METAL_FUNC Elements load_staged(
     const int c = column + i * columns_apart;
     out[i] = 0;
     if (r < at.rows && c < at.columns) {
-      out[i] = static_cast<float>(stage[r * block_pitch + c]);
+      out[i] = static_cast<float>(stage[r * BlockShape<rows, columns>::pitch + c]);
       count = i + 1;
     }
   }

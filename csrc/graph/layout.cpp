@@ -62,6 +62,19 @@ GroupLayout::GroupLayout(const RuleTraits& rule, int tensors,
   }
 }
 
+bool can_hold(const Formats& formats) {
+  const Format* first = nullptr;
+  for (const auto& format : formats) {
+    if (format.has_codes()) {
+      first = first ? first : &format;
+      if (format.block() != first->block()) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 size_t max_group_size(const RuleTraits& rule, const Formats& formats) {
   constexpr size_t most = 6;
   if (rule.is_factored()) {

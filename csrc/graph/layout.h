@@ -70,6 +70,9 @@ mx::Dtype promoted(const RuleTraits& rule, const std::vector<mx::Dtype>& slots,
 // cost of MLX's lists of siblings is quadratic in the outputs.
 size_t max_group_size(const RuleTraits& rule, const Formats& formats);
 
+// Whether a Metal kernel can hold all that is in codes: in blocks of one size.
+bool can_hold(const Formats& formats);
+
 // What a step has beside its tensors: arrays, so that they can change under
 // mx.compile. Each is a scalar, or has one entry per tensor.
 enum Scalar { learning_rate, step, gradient_scale, skip, seed, scalar_count };

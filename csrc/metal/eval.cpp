@@ -53,13 +53,15 @@ namespace {
 
 // A kernel of an update, found again without its name.
 Pipeline pipeline(mx::Stream stream, const UpdateKernel& kernel) {
-  using Key = std::tuple<int, std::vector<mx::Dtype::Val>, bool, bool>;
+  using Held = std::vector<std::pair<mx::Dtype::Val, Storage>>;
+  using Key = std::tuple<int, Held, bool, bool>;
   static std::mutex mutex;
   static std::map<Key, Pipeline> built;
+  const auto& layout = kernel.layout;
   Key key{
-      kernel.rule->index, {}, kernel.separate_states, kernel.stages_gradient};
-  for (const auto dtype : kernel.dtypes) {
-    std::get<1>(key).push_back(dtype.val());
+      layout.rule->index, {}, kernel.separate_states, kernel.stages_gradient};
+  for (const auto& format : layout.formats) {
+    std::get<1>(key).emplace_back(format.dtype.val(), format.storage);
   }
   const std::lock_guard lock(mutex);
   auto& known = built[key];
@@ -80,8 +82,6 @@ Pipeline copy_pipeline(mx::Stream stream, mx::Dtype dtype) {
 
 size_t divided_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// Rows and columns of a block, as in metal/gradients.h.
-constexpr int64_t block = 64;
 // Matrices with fewer rows or columns are not worth a block.
 constexpr int64_t worth_staging = 16;
 
@@ -92,6 +92,9 @@ enum class Reading { by_index, staged, any_order };
 // The constant arguments that describe a launch's tensors.
 class Launch {
  public:
+  explicit Launch(BlockSize block = {64, 64}, bool has_codes = false)
+      : block_(block), has_codes_(has_codes) {}
+
   // False if there is no room left to describe the gradient's strides. Columns
   // of a gradient that may be staged are read as vectors with those of the
   // other arrays, or none are.
@@ -110,9 +113,8 @@ class Launch {
       const auto t = reading == Reading::staged
                          ? as_transposed(walk, worth_staging)
                          : std::nullopt;
+      uint32_t staged_vectorized = tensor.vectorized;
       if (t) {
-        tensor.is_transposed = 1;
-        tensor.dimensions = t->matrices.shape.size();
         append({t->rows, t->columns, t->row_stride, t->column_stride});
         append(t->matrices.shape);
         append(t->matrices.strides);
@@ -120,14 +122,24 @@ class Launch {
         for (size_t i = walk_start; i < walks_.size(); ++i) {
           // Sizes count rows and columns, not elements, but where they are no
           // multiple of a vector, neither are the strides that count.
+          const size_t sizes = walk_start + 4;
           const bool is_size =
               i == walk_start ||
-              (i >= walk_start + 4 && i < walk_start + 4 + tensor.dimensions);
-          tensor.vectorized &= is_size || walks_[i] % vector_size == 0;
+              (i >= sizes && i < sizes + t->matrices.shape.size());
+          staged_vectorized &= is_size || walks_[i] % vector_size == 0;
         }
-        tiles = t->count() * divided_up(t->rows, block) *
-                divided_up(t->columns, block);
+      }
+      // A row must begin with a block of codes, and its threads stand together.
+      constexpr int64_t codes_block = 64;
+      if (t && (!has_codes_ ||
+                (staged_vectorized && t->columns % codes_block == 0))) {
+        tensor.is_transposed = 1;
+        tensor.dimensions = t->matrices.shape.size();
+        tensor.vectorized = staged_vectorized;
+        tiles = t->count() * divided_up(t->rows, block_.rows) *
+                divided_up(t->columns, block_.columns);
       } else {
+        walks_.resize(walk_start);
         tensor.dimensions = walk.shape.size();
         append(walk.shape);
         append(walk.strides);
@@ -162,6 +174,8 @@ class Launch {
   }
 
  private:
+  BlockSize block_;
+  bool has_codes_;
   std::vector<LaunchTensor> tensors_;
   std::vector<int64_t> walks_;
   uint32_t tiles_ = 0;
@@ -222,13 +236,12 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     eval_factored(update_, inputs, outputs, stream());
     return;
   }
-  UpdateKernel kernel{&rule, {}};
-  for (int slot = 0; slot < layout.slots(); ++slot) {
-    kernel.dtypes.push_back(inputs[layout.input(0, slot)].dtype());
-  }
+  UpdateKernel kernel{layout};
   pipeline(stream(), kernel);
-  for (const auto dtype : kernel.dtypes) {
-    copy_pipeline(stream(), dtype);
+  for (int i = 0; i < layout.input(layout.tensors, 0); ++i) {
+    if (!inputs[i].flags().row_contiguous) {
+      copy_pipeline(stream(), inputs[i].dtype());
+    }
   }
   // MLX throws an earlier error of the stream here, not in later calls.
   auto& encoder = mx::metal::get_command_encoder(stream());
@@ -239,20 +252,21 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   std::vector<int> tensors;  // that are not empty
   int output = 0;
   for (int tensor = 0; tensor < layout.tensors; ++tensor) {
-    if (inputs[layout.input(tensor, 0)].size() > 0) {
+    if (inputs[layout.gradient(tensor)].size() > 0) {
       tensors.push_back(tensor);
     }
-    for (int slot = 0; slot < layout.slots(); ++slot) {
-      const auto& in = inputs[layout.input(tensor, slot)];
-      const auto& [role, is_written] = rule.slots[slot];
-      targets.push_back(is_written ? outputs[output] : in);
+    for (size_t i = 0; i < layout.parts.size(); ++i) {
+      const auto& part = layout.parts[i];
+      const auto& in = inputs[layout.input(tensor, static_cast<int>(i))];
+      const auto role = rule.slots[part.slot].role;
+      targets.push_back(part.is_written ? outputs[output] : in);
       sources.push_back(targets.back());
-      if (!is_written || placement.in_place(output++) || in.size() == 0) {
+      if (!part.is_written || placement.in_place(output++) || in.size() == 0) {
         continue;
       }
       if (role == Role::gradient || in.flags().row_contiguous) {
         sources.back() = in;
-        kernel.separate_states |= role == Role::state;
+        kernel.separate_states |= role == Role::state || part.is_companion;
       } else {
         copy_array(in, targets.back(), stream());
       }
@@ -276,20 +290,21 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   const size_t places = kernel.tensors_per_launch();
   for (size_t first = 0; first < tensors.size(); first += places) {
     const size_t count = std::min(places, tensors.size() - first);
-    Launch launch;
+    Launch launch(kernel.block_size(), kernel.has_codes());
     Arrays gradients;
     for (size_t i = first; i < first + count; ++i) {
       const int tensor = tensors[i];
       const auto& entry = update_.entries[tensor];
       LaunchTensor description{};
       description.vectorized = 1;
-      for (int slot = 0; slot < layout.slots(); ++slot) {
-        const int input = layout.input(tensor, slot);
+      for (int i = layout.input(tensor, 0); i < layout.input(tensor + 1, 0);
+           ++i) {
         description.vectorized &=
-            is_vectorizable(sources[input]) && is_vectorizable(targets[input]);
+            is_vectorizable(sources[i]) && is_vectorizable(targets[i]);
       }
+      description.number = entry.tensor;
       description.numbers = first_number[entry.hyperparameters];
-      for (int kind = 0; kind < scalar_count; ++kind) {
+      for (int kind = 0; kind < seed; ++kind) {
         description.scalars[kind] = strides[kind] * entry.scalar;
       }
       gradients.push_back(add_gradient(
@@ -302,15 +317,16 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     for (size_t place = 0, index = 0; place < places; ++place) {
       // Places left over are bound to the first tensor and never read.
       const size_t i = place < count ? place : 0;
-      for (int slot = 0; slot < layout.slots(); ++slot) {
-        const int input = layout.input(tensors[first + i], slot);
-        const bool is_written = rule.slots[slot].is_written;
-        if (!is_written || kernel.is_separate(slot)) {
+      const int tensor = tensors[first + i];
+      for (int input = layout.input(tensor, 0);
+           input < layout.input(tensor + 1, 0); ++input) {
+        const auto& part = layout.parts[input - layout.input(tensor, 0)];
+        if (!part.is_written || kernel.is_separate(part)) {
           encoder.set_input_array(
-              slot + 1 == layout.slots() ? gradients[i] : sources[input],
+              input == layout.gradient(tensor) ? gradients[i] : sources[input],
               index++);
         }
-        if (is_written) {
+        if (part.is_written) {
           encoder.set_output_array(targets[input], index++);
         }
       }
@@ -319,11 +335,11 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
       const auto scalar = static_cast<Scalar>(kind);
       if (layout.has[kind]) {
         encoder.set_input_array(inputs[layout.input(scalar)],
-                                scalars_buffer + kind);
+                                buffer_of_scalar(scalar));
       } else if (scalar == gradient_scale) {
-        encoder.set_bytes(1.0f, scalars_buffer + kind);
+        encoder.set_bytes(1.0f, buffer_of_scalar(scalar));
       } else if (scalar == skip) {
-        encoder.set_bytes(false, scalars_buffer + kind);
+        encoder.set_bytes(false, buffer_of_scalar(scalar));
       }
     }
     encoder.set_vector_bytes(all_numbers, numbers_buffer);

@@ -361,7 +361,7 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
     }
     const auto& entry = update.entries[i];
     writing.numbers = first_number[entry.hyperparameters];
-    for (int kind = 0; kind < scalar_count; ++kind) {
+    for (int kind = 0; kind < seed; ++kind) {
       const int input = layout.input(static_cast<Scalar>(kind));
       if (input >= 0 && update.per_tensor && inputs[input].size() > 1) {
         writing.scalars[kind] = inputs[input].strides(0) * entry.scalar;
@@ -372,7 +372,7 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
     reading.is_vector = writing.is_vector;
     reading.is_whole = writing.is_whole;
     reading.numbers = writing.numbers;
-    std::copy_n(writing.scalars, scalar_count, reading.scalars);
+    std::copy_n(writing.scalars, seed, reading.scalars);
     reading.parameter_vectorized = writing.parameter_vectorized;
     reading.sums = tiles_of(reading);
     if (scales_parameter[entry.hyperparameters]) {

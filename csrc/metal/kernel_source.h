@@ -12,29 +12,41 @@ namespace mlx_fused {
 // Indices of the arguments that the tensors of an update share; the arrays of
 // the tensors stand before them.
 enum SharedBuffer {
-  scalars_buffer = 24,
-  numbers_buffer = scalars_buffer + scalar_count,
+  seed_buffer = 23,  // where there is a seed; otherwise it is a tensor's
+  scalars_buffer,
+  numbers_buffer = scalars_buffer + 4,
   tensors_buffer,
   walks_buffer,
 };
+inline int buffer_of_scalar(Scalar kind) {
+  return kind == seed ? seed_buffer : scalars_buffer + kind;
+}
 
 // Arrays that a launch of the sums takes, and the arguments behind them.
 constexpr int max_sums_group = 24;
 enum SumsBuffer { partials_buffer = max_sums_group, sums_tensors, sums_walks };
 
-// A kernel for a rule and the dtypes of its slots.
+// Rows and columns of the blocks in which a transposed gradient is read, as
+// BlockShape in metal/gradients.h; whole lines of every array.
+struct BlockSize {
+  int64_t rows;
+  int64_t columns;
+};
+
+// A kernel for the formats of a group's slots.
 struct UpdateKernel {
-  const RuleTraits* rule;
-  std::vector<mx::Dtype> dtypes;
+  const GroupLayout& layout;
   // Whether states are read and written through pointers of their own, because
   // work under way still holds the old ones. Otherwise they are in place.
   bool separate_states = false;
   // Whether some gradient is transposed, and goes through threadgroup memory.
   bool stages_gradient = false;
 
-  // Whether a slot takes two buffers, the first to read and the second to
+  // Whether an array takes two buffers, the first to read and the second to
   // write. The parameter always does: it is held most often.
-  bool is_separate(int slot) const;
+  bool is_separate(const Part& part) const;
+  bool has_codes() const;
+  BlockSize block_size() const;
   int buffers_per_tensor() const;
   int tensors_per_launch() const;
   std::string name() const;
