@@ -303,6 +303,20 @@ def test_parts_keep_their_filter_and_dtype(
     }
 
 
+def test_an_optimizer_in_two_places() -> None:
+    """Its state covers all of its parameters from the first step on."""
+    adam = optim.Adam(0.1)
+    filters = [lambda path, x: path == "a", lambda path, x: path == "b"]
+    optimizer: Any = optim.MultiOptimizer([adam, optim.SGD(0.1), adam], filters)
+    tree = {name: mx.ones(2) for name in "abc"}
+    updated = optimizer.apply_gradients(tree, tree)
+    first = 1 - 0.1 * 0.1 / 0.001**0.5
+    for name, expected in (("a", first), ("b", 0.9), ("c", first)):
+        np.testing.assert_allclose(to_numpy(updated[name]), expected, rtol=1e-5)
+    optimizer.apply_gradients(tree, updated)
+    assert {*adam.state} == {"step", "learning_rate", "a", "c"}
+
+
 # 2. MultiOptimizer on any tree
 
 

@@ -164,6 +164,10 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
             clip = self._measure(leaves)
         chosen = self._chosen(leaves)
         parts = self._split(gradients, chosen)
+        for optimizer in self.optimizers:
+            if self.optimizers.count(optimizer) > 1 and not optimizer._initialized:
+                # Its first step would know the first of its parts alone.
+                self.init(gradients)
         results = []
         for optimizer, part in zip(self.optimizers, parts, strict=True):
             updated = self._part(optimizer, part, parameters, clip)
