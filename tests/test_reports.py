@@ -648,6 +648,14 @@ def test_copies_of_a_compiled_steps_optimizer(
         assert_trees_match(duplicate.state, optimizer.state, 1e-6, 1e-12)
 
 
+def test_copies_of_dtypes() -> None:
+    """A user's attribute may be any; bool is not an attribute of mlx.core."""
+    dtypes = {x for x in vars(mx).values() if isinstance(x, mx.Dtype)}
+    assert {mx.bool_, mx.float64, mx.complex64, mx.uint8} <= dtypes
+    for dtype in dtypes:
+        assert copy.deepcopy(dtype) == repickled(dtype) == dtype
+
+
 # 5. Options where a subclass overrides apply_single
 
 

@@ -176,7 +176,7 @@ def warn_caller(text: str) -> None:
 
 
 def _dtype_named(name: str) -> Any:
-    return getattr(mx, name)
+    return getattr(mx, "bool_" if name == "bool" else name)
 
 
 # MLX's dtypes cannot be copied or pickled, and so no optimizer that has one could.
