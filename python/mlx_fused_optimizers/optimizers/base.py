@@ -111,7 +111,8 @@ class Optimizer(stock.Optimizer):
             of the state entry of their name.
         {options}
 
-    The options are attributes too, and may be set between steps.
+    The options are attributes too, and may be set between steps. As of every attribute,
+    a function that ``mx.compile`` has traced keeps the values that it was traced with.
 
     Raises:
         TypeError, ValueError: If an option is of the wrong type or out of range.
@@ -223,10 +224,14 @@ class Optimizer(stock.Optimizer):
                 "expected a scalar"
             )
         array = mx.array(value)
+        if array.dtype == mx.complex64:
+            raise TypeError(
+                f"[{type(self).__name__}] {name} is complex; expected a real scalar"
+            )
         return array.reshape(()) if array.size == 1 else array
 
     def _scheduled(self, name: str, value: Any) -> mx.array:
-        array = self._number(name, value)
+        array = self._number(f"what the schedule of {name} gave", value)
         if array.ndim > 0:
             raise ValueError(
                 f"[{type(self).__name__}] the schedule of {name} gave an array of "
