@@ -19,6 +19,7 @@ from .options import (
     OPTIONS,
     StepOptions,
     WeightDecayFilter,
+    check_numbers,
     documented,
     warn_caller,
     warn_of_arguments,
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from .options import DecayOptions
 
 INIT = "optimizer.init(model.trainable_parameters())"
+
+# Errors of a step that may have a cause which can be named. nanobind's for a value
+# that is no number is a RuntimeError.
+EXPLAINED = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 LearningRate = float | Callable[[mx.array], mx.array]
 
@@ -144,8 +149,15 @@ class Optimizer(stock.Optimizer):
             self.state.pop(entry, None)
 
     def _set_step_options(
-        self, max_grad_norm: float | None = None, skip_nonfinite: bool = False
+        self,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument '{name}'"
+            )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self._set_option_state()
@@ -189,6 +201,7 @@ class Optimizer(stock.Optimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
+        check_tree("state", state)
         self._initialized = False
         self._state = state
 
@@ -196,7 +209,11 @@ class Optimizer(stock.Optimizer):
     def learning_rate(self) -> Any:
         """The learning rate, an array: the last step's if there is a schedule."""
         if "learning_rate" not in self.state:
-            reason = ": relative_step is on" if hasattr(self, "relative_step") else ""
+            reason = {
+                True: ": relative_step is on",
+                False: "; with relative_step=False it has to be given",
+                None: "",
+            }[getattr(self, "relative_step", None)]
             raise AttributeError(f"{type(self).__name__} has no learning_rate{reason}")
         return self.state["learning_rate"]
 
@@ -587,7 +604,7 @@ class FusedOptimizer(Optimizer):
             if type(self)._update_leaves is not FusedOptimizer._update_leaves:
                 self._check_states(leaves)
             self._update_leaves(leaves, clip)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except EXPLAINED as error:
             self._explain(error, leaves)
             raise
         return leaves.commit()
@@ -663,6 +680,14 @@ class FusedOptimizer(Optimizer):
     def _explain(self, error: Exception, leaves: Leaves) -> None:
         """Raise a clearer error, if the leaves tell what is wrong."""
         name = type(self).__name__
+        if "learning_rate" in self.state:
+            self._number("learning_rate", self.state["learning_rate"])
+        elif "learning_rate" in str(error) and not isinstance(error, AttributeError):
+            raise KeyError(f"[{name}] the state has no 'learning_rate'") from error
+        try:
+            check_numbers(self, **self._hyperparameters())
+        except (AttributeError, TypeError, ValueError) as cause:
+            raise cause from error
         for path, gradient, parameter, state in zip(
             paths(leaves.tree),
             leaves.gradients,

@@ -78,6 +78,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
+        check_tree("state", state)
         if "states" not in state or len(state["states"]) != len(self.optimizers):
             raise ValueError("Invalid state provided")
         for optimizer, part in zip(self.optimizers, state["states"], strict=True):

@@ -11,6 +11,7 @@ import mlx.optimizers as stock
 
 from .base import FUSED_DTYPES, Clip, FusedOptimizer, LearningRate, as_array
 from .matrices import refuse_complex
+from .options import check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,6 +107,7 @@ class Muon(FusedOptimizer, stock.Muon):
         matrix_scale: bool = False,
         **options: Unpack[DecayOptions],
     ) -> None:
+        check_numbers(self, momentum=momentum, weight_decay=weight_decay)
         stock.Muon.__init__(
             self, learning_rate, momentum, weight_decay, nesterov, ns_steps
         )

@@ -52,6 +52,28 @@ def check_limit(name: str, value: Any) -> None:
         raise ValueError(f"{name} should be >=0, {value} was provided instead")
 
 
+def check_numbers(optimizer: Any, **values: Any) -> None:
+    """Refuse hyper-parameters that are no numbers, by their names."""
+    for name, value in values.items():
+        if not hasattr(value, "__float__") and not isinstance(value, mx.array):
+            raise TypeError(
+                f"[{type(optimizer).__name__}] {name} is of type "
+                f"{type(value).__name__}; expected a number"
+            )
+
+
+def check_betas(optimizer: Any, betas: Any, count: int = 2) -> None:
+    """Refuse coefficients of running averages that are not as many numbers."""
+    title = f"[{type(optimizer).__name__}] betas"
+    if not hasattr(betas, "__len__") or isinstance(betas, str):
+        kind = type(betas).__name__
+        raise TypeError(f"{title} is of type {kind}; expected {count} numbers")
+    if len(betas) != count:
+        raise ValueError(f"{title} has length {len(betas)}; expected {count} numbers")
+    values = {f"beta{number}": beta for number, beta in enumerate(betas, 1)}
+    check_numbers(optimizer, **values)
+
+
 def _check_max_grad_norm(optimizer: Any, value: Any) -> None:
     if value is not None:
         check_limit("max_grad_norm", value)
