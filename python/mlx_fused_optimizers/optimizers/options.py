@@ -166,6 +166,22 @@ WITHOUT_EFFECT: list[tuple[Callable[[Any], Any], str]] = [
         "dampening has no effect without momentum",
     ),
     (
+        lambda o: hasattr(o, "dampening") and getattr(o, "momentum", 0) < 0,
+        "a negative momentum has no effect",
+    ),
+    (
+        lambda o: getattr(o, "decoupled_weight_decay", False) and not o.weight_decay,
+        "decoupled_weight_decay has no effect with a weight_decay of 0",
+    ),
+    (
+        lambda o: getattr(o, "ns_steps", 1) < 1 and "ns_coefficients" in vars(o),
+        "ns_coefficients has no effect with ns_steps=0",
+    ),
+    (
+        lambda o: getattr(o, "warmup", 0) > 0 and not getattr(o, "alpha", 1),
+        "warmup has no effect with an alpha of 0",
+    ),
+    (
         # Of SGD: Muon's state is used without momentum too.
         lambda o: (
             o.state_dtype is not None
