@@ -1788,6 +1788,32 @@ def test_half_precision_keeps_stepping(
         parameters = updated
 
 
+@pytest.mark.parametrize("parameter_dtype", [mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("scale", [1e-7, 1e-6, 1e-5])
+def test_muon_of_small_gradients_in_float16(
+    backend: str, scale: float, parameter_dtype: mx.Dtype
+) -> None:
+    """Their direction would be of float16's least numbers, or none at all."""
+    rng = np.random.default_rng(0)
+    start = random_array(rng, (6, 4), mx.float16)
+    gradient = (random_array(rng, (6, 4), mx.float32) * scale).astype(mx.float16)
+    results = []
+    for dtype in (mx.float16, mx.float32):
+        optimizer: Any = optim.Muon(0.1, weight_decay=0.0, state_dtype=mx.float32)
+        tree = {"w": start.astype(parameter_dtype)}
+        for _ in range(2):
+            tree = optimizer.apply_gradients({"w": gradient.astype(dtype)}, tree)
+        assert tree["w"].dtype == parameter_dtype
+        assert optimizer.state["w"]["v"].dtype == mx.float32
+        results.append(to_numpy(tree["w"]))
+    assert np.abs(results[1] - to_numpy(start)).max() > 0.05
+    np.testing.assert_allclose(results[0], results[1], atol=2e-3)
+    kept: Any = optim.Muon(0.1)
+    half = {"w": start}
+    assert kept.apply_gradients({"w": gradient}, half)["w"].dtype == mx.float16
+    assert kept.state["w"]["v"].dtype == mx.float16
+
+
 # 12. The range of norms and of bias correction
 
 
