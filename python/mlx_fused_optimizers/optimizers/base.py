@@ -89,13 +89,29 @@ def measure(
 ) -> tuple[mx.array, mx.array]:
     """The global norm of arrays of any dtypes, and the factor that clips it.
 
-    That of complex numbers is the norm of their magnitudes.
+    That of complex numbers is the norm of their magnitudes. Beside a float64 gradient
+    both are float64: its range is not float32's.
     """
+    if any(g.dtype == mx.float64 for g in gradients):
+        return _measure_double(gradients, max_norm)
     if any(g.dtype not in FUSED_DTYPES for g in gradients):
         gradients = [mx.abs(g).astype(mx.float32) for g in gradients]
     limit = mx.array(max_norm, mx.float32).reshape(())
     _, norm, factor = kernels.sums_of_squares(gradients, limit)
     return norm, factor
+
+
+def _measure_double(
+    gradients: list[mx.array], max_norm: float | mx.array
+) -> tuple[mx.array, mx.array]:
+    magnitudes = [mx.abs(g).astype(mx.float64) for g in gradients if g.size > 0]
+    largest = mx.max(mx.stack([mx.max(x) for x in magnitudes]))
+    # No square overflows then; an infinite gradient still gives an infinite norm.
+    unit = mx.where(mx.isfinite(largest) & (largest > 0), largest, 1.0)
+    squares = [mx.square(x / unit).sum() for x in magnitudes]
+    norm = unit * mx.sqrt(mx.stack(squares).sum())
+    limit = mx.array(max_norm, mx.float64).reshape(())
+    return norm, mx.minimum(limit / (norm + 1e-6), 1.0)
 
 
 class Optimizer(stock.Optimizer):
@@ -261,7 +277,8 @@ class Optimizer(stock.Optimizer):
     def grad_norm(self) -> mx.array | None:
         """The global norm of the last step's gradients before scaling.
 
-        A float32 scalar; ``None`` without ``max_grad_norm`` and ``skip_nonfinite``.
+        A float32 scalar, float64 if a gradient was; ``None`` without
+        ``max_grad_norm`` and ``skip_nonfinite``.
         """
         norm: mx.array | None = self.state.get("grad_norm")
         return norm
@@ -450,6 +467,11 @@ class Optimizer(stock.Optimizer):
             return Clip()
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm, factor = measure(leaves.gradients, limit)
+        if factor.dtype == mx.float64:
+            # The kernels' factor is a float32, whose range may not hold it.
+            for i, gradient in enumerate(leaves.gradients):
+                leaves.set_gradient(i, (gradient * factor).astype(gradient.dtype))
+            factor = mx.array(1.0)
         return Clip(
             norm,
             None if self.max_grad_norm is None else factor,

@@ -163,6 +163,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         if clip is None:
             self._set_option_state()
             clip = self._measure(leaves)
+            gradients = leaves.replace(leaves.gradients)  # scaled, if in float64
         chosen = self._chosen(leaves)
         parts = self._split(gradients, chosen)
         for optimizer in self.optimizers:
