@@ -2080,6 +2080,25 @@ def test_a_compiled_step_keeps_the_dict_that_it_captured() -> None:
     assert "mx.compile" in text and "update" in text
 
 
+def test_saving_placeholders(tmp_path: Path) -> None:
+    """The file that is there stays, and the error says what has happened."""
+    failing = False
+    model, optimizer, step = tracing(lambda: failing, several=False)
+    step(mx.ones((3, 4)))
+    optim.save(tmp_path / "file", model, optimizer)
+    before = (tmp_path / "file").read_bytes()
+    failing = True
+    with pytest.raises(RuntimeError, match="broken"):
+        step(mx.ones((5, 4)))
+    clear_error(
+        lambda: optim.save(tmp_path / "file", model, optimizer),
+        RuntimeError,
+        *("mx.compile", "placeholders"),
+    )
+    assert (tmp_path / "file").read_bytes() == before
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
 # 15. Arguments without effect
 
 

@@ -124,8 +124,8 @@ class Optimizer(stock.Optimizer):
     When a step raises, the state tree, the scheduled values and the step count are
     what they were before it. This does not hold for what ``mx.compile`` does: when a
     function that it compiles raises while it is traced, the arrays that it captured
-    stay placeholders. The next step says so; restore model and state then, for example
-    with :func:`load`.
+    stay placeholders. The next step outside of ``mx.compile`` says so, and so does
+    :func:`save`; restore model and state then, for example with :func:`load`.
 
     Args:
         schedulers (dict, optional): Callables that take the step and give the value
