@@ -21,7 +21,7 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_map, tree_map_with_path
+from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 from support import (
     DECAYING_OPTIMIZERS,
     PARTLY_FUSED,

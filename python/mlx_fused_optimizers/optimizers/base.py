@@ -444,6 +444,12 @@ class Optimizer(stock.Optimizer):
             self.init(gradients)
         self._set_option_state()
         leaves = kernels.Leaves(gradients, parameters, self.state)
+        if "step" not in self.state:
+            raise KeyError(
+                f"[{type(self).__name__}] the state has no 'step'; was a part of a "
+                "state assigned?"
+            )
+        self.state["step"] = self._step_count(self.step)
         for name, schedule in self._schedulers.items():
             self.state[name] = self._scheduled(name, schedule(self.step))
         if clip is None:
@@ -454,6 +460,17 @@ class Optimizer(stock.Optimizer):
             step = mx.where(clip.skip, self.step, step)
         self.state["step"] = step
         return self._apply_leaves(leaves, clip)
+
+    def _step_count(self, step: Any) -> Any:
+        """The count, in a dtype that can go on counting: float16 ends at 2048."""
+        if isinstance(step, mx.array) and step.dtype in (mx.float16, mx.bfloat16):
+            return step.astype(mx.uint64)
+        if isinstance(step, (int, float)) or hasattr(step, "__array__"):
+            return step
+        raise TypeError(
+            f"[{type(self).__name__}] step is of type {type(step).__name__}; expected "
+            "a scalar"
+        )
 
     def _record(self, clip: Clip) -> None:
         state = self.state
