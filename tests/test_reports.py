@@ -21,7 +21,7 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_map, tree_map_with_path
+from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 from support import (
     DECAYING_OPTIMIZERS,
     PARTLY_FUSED,
@@ -301,6 +301,20 @@ def test_parts_keep_their_filter_and_dtype(
     assert {p: x.dtype for p, x in leaves_of(state).items()} == {
         p: x.dtype for p, x in leaves_of(alone.state["layers"]).items()
     }
+
+
+def test_an_optimizer_in_two_places() -> None:
+    """Its state covers all of its parameters from the first step on."""
+    adam = optim.Adam(0.1)
+    filters = [lambda path, x: path == "a", lambda path, x: path == "b"]
+    optimizer: Any = optim.MultiOptimizer([adam, optim.SGD(0.1), adam], filters)
+    tree = {name: mx.ones(2) for name in "abc"}
+    updated = optimizer.apply_gradients(tree, tree)
+    first = 1 - 0.1 * 0.1 / 0.001**0.5
+    for name, expected in (("a", first), ("b", 0.9), ("c", first)):
+        np.testing.assert_allclose(to_numpy(updated[name]), expected, rtol=1e-5)
+    optimizer.apply_gradients(tree, updated)
+    assert {*adam.state} == {"step", "learning_rate", "a", "c"}
 
 
 # 2. MultiOptimizer on any tree
@@ -632,6 +646,14 @@ def test_copies_of_a_compiled_steps_optimizer(
         again = stepper(duplicate, parameters, compiled=True)
         assert_trees_match(again(parameters, gradients), expected, 1e-6, 1e-8)
         assert_trees_match(duplicate.state, optimizer.state, 1e-6, 1e-12)
+
+
+def test_copies_of_dtypes() -> None:
+    """A user's attribute may be any; bool is not an attribute of mlx.core."""
+    dtypes = {x for x in vars(mx).values() if isinstance(x, mx.Dtype)}
+    assert {mx.bool_, mx.float64, mx.complex64, mx.uint8} <= dtypes
+    for dtype in dtypes:
+        assert copy.deepcopy(dtype) == repickled(dtype) == dtype
 
 
 # 5. Options where a subclass overrides apply_single
@@ -1315,7 +1337,7 @@ def test_schedules_take_any_number(schedule: str) -> None:
 
 
 @every_schedule
-@pytest.mark.parametrize("step", [None, "3", [1, 2]], ids=repr)
+@pytest.mark.parametrize("step", [None, "3", [1, 2], 3j, mx.array(3j)], ids=repr)
 def test_schedules_refuse_what_is_no_step(schedule: str, step: Any) -> None:
     clear_error(lambda: SCHEDULES[schedule]()(step), (TypeError, ValueError), "step")
 
@@ -1328,6 +1350,8 @@ NO_SCALARS: list[tuple[Any, str]] = [
     (mx.array([0.1, 0.2]), "(2,)"),
     (mx.ones((2, 1)), "(2, 1)"),
     (mx.zeros((0,)), "(0,)"),
+    (0.1j, "complex"),
+    (mx.array(0.1j), "complex"),
 ]
 
 
@@ -1385,7 +1409,7 @@ def test_a_schedule_may_give_any_number(value: Any) -> None:
     assert optimizer.learning_rate.dtype == mx.float32
 
 
-@pytest.mark.parametrize("value", [None, "0.1", {}], ids=repr)
+@pytest.mark.parametrize("value", [None, "0.1", {}, 1j], ids=repr)
 def test_a_learning_rate_that_is_no_number(value: Any) -> None:
     def assign() -> None:
         optimizer = optim.SGD(0.1)
@@ -1395,6 +1419,13 @@ def test_a_learning_rate_that_is_no_number(value: Any) -> None:
         clear_error(
             action, (TypeError, ValueError), "learning_rate", type(value).__name__
         )
+
+
+def test_joining_what_is_no_schedule() -> None:
+    bad: Any = [optim.constant(0.1), None]
+    clear_error(
+        lambda: optim.join_schedules(bad, [3]), TypeError, "schedules[1]", "NoneType"
+    )
 
 
 # 10. Errors
@@ -1561,6 +1592,96 @@ def test_arguments_of_multi() -> None:
     )
 
 
+CLASSES: list[tuple[str, tuple[str, ...]]] = [
+    ("SGD", ("momentum", "weight_decay", "dampening")),
+    ("RMSprop", ("alpha", "eps")),
+    ("Adagrad", ("eps",)),
+    ("AdaDelta", ("rho", "eps")),
+    ("Adam", ("betas", "eps")),
+    ("AdamW", ("betas", "eps", "weight_decay")),
+    ("Adamax", ("betas", "eps")),
+    ("Lion", ("betas", "weight_decay")),
+    ("Muon", ("momentum", "weight_decay")),
+    ("Adafactor", ("clip_threshold", "decay_rate", "weight_decay")),
+    ("AdEMAMix", ("betas", "alpha", "eps", "weight_decay", "warmup")),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), CLASSES)
+def test_hyperparameters_that_are_no_numbers(
+    name: str, arguments: tuple[str, ...]
+) -> None:
+    build: Any = partial(getattr(optim, name), learning_rate=0.1)
+    for argument in arguments:
+        for value in (None, "0.1"):
+            given = type(value).__name__
+            action = partial(build, **{argument: value})
+            clear_error(action, TypeError, name, argument, given)
+        if argument == "betas":
+            clear_error(
+                partial(build, betas=(0.9,)), ValueError, name, "betas", "length 1"
+            )
+            clear_error(
+                partial(build, betas=[None] * (3 if name == "AdEMAMix" else 2)),
+                TypeError,
+                *(name, "beta1", "NoneType"),
+            )
+    clear_error(partial(build, foo=1), TypeError, name, "'foo'")
+
+
+def test_hyperparameters_that_become_no_numbers() -> None:
+    tree = {"w": mx.ones((2, 2))}
+    optimizer: Any = optim.AdamW(0.1)
+    tree = optimizer.apply_gradients(tree, tree)
+    before = snapshot([tree, optimizer.state])
+    optimizer.weight_decay = None
+    clear_error(
+        lambda: optimizer.apply_gradients(tree, tree),
+        TypeError,
+        *("AdamW", "weight_decay", "NoneType"),
+    )
+    assert snapshot([tree, optimizer.state]) == before
+
+
+@pytest.mark.parametrize("state", [None, [], mx.ones(2)], ids=repr)
+def test_states_that_are_no_dicts(state: Any) -> None:
+    for optimizer in (optim.Adam(0.1), optim.MultiOptimizer([optim.Adam(0.1)])):
+        before = snapshot(optimizer.state)
+        clear_error(
+            partial(setattr, optimizer, "state", state),
+            TypeError,
+            *("state", type(state).__name__, "dict"),
+        )
+        assert snapshot(optimizer.state) == before
+
+
+def test_states_that_lack_an_entry() -> None:
+    tree = {"w": mx.ones((2, 2))}
+
+    def step(entry: str, value: Any, remove: bool = False) -> None:
+        optimizer: Any = optim.Adam(0.1)
+        optimizer.init(tree)
+        optimizer.state[entry] = value
+        if remove:
+            del optimizer.state[entry]
+        optimizer.apply_gradients(tree, tree)
+
+    for entry in ("step", "learning_rate"):
+        clear_error(partial(step, entry, None, True), KeyError, "Adam", entry)
+        for value in (None, "3"):
+            kind = type(value).__name__
+            clear_error(partial(step, entry, value), TypeError, "Adam", entry, kind)
+    # Adafactor takes none by default, and needs one without relative steps.
+    adafactor: Any = optim.Adafactor(relative_step=False)
+    clear_error(
+        lambda: adafactor.apply_gradients(tree, tree),
+        AttributeError,
+        *("learning_rate", "relative_step=False"),
+    )
+    adafactor.learning_rate = 0.1
+    adafactor.apply_gradients(tree, tree)
+
+
 # 11. Half precision in Adafactor and Muon
 
 
@@ -1667,6 +1788,32 @@ def test_half_precision_keeps_stepping(
         parameters = updated
 
 
+@pytest.mark.parametrize("parameter_dtype", [mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("scale", [1e-7, 1e-6, 1e-5])
+def test_muon_of_small_gradients_in_float16(
+    backend: str, scale: float, parameter_dtype: mx.Dtype
+) -> None:
+    """Their direction would be of float16's least numbers, or none at all."""
+    rng = np.random.default_rng(0)
+    start = random_array(rng, (6, 4), mx.float16)
+    gradient = (random_array(rng, (6, 4), mx.float32) * scale).astype(mx.float16)
+    results = []
+    for dtype in (mx.float16, mx.float32):
+        optimizer: Any = optim.Muon(0.1, weight_decay=0.0, state_dtype=mx.float32)
+        tree = {"w": start.astype(parameter_dtype)}
+        for _ in range(2):
+            tree = optimizer.apply_gradients({"w": gradient.astype(dtype)}, tree)
+        assert tree["w"].dtype == parameter_dtype
+        assert optimizer.state["w"]["v"].dtype == mx.float32
+        results.append(to_numpy(tree["w"]))
+    assert np.abs(results[1] - to_numpy(start)).max() > 0.05
+    np.testing.assert_allclose(results[0], results[1], atol=2e-3)
+    kept: Any = optim.Muon(0.1)
+    half = {"w": start}
+    assert kept.apply_gradients({"w": gradient}, half)["w"].dtype == mx.float16
+    assert kept.state["w"]["v"].dtype == mx.float16
+
+
 # 12. The range of norms and of bias correction
 
 
@@ -1729,6 +1876,36 @@ def test_large_norms_of_large_arrays(
     np.testing.assert_allclose(
         to_numpy(updated["big"]), -(2.0**70) / expected, rtol=5e-3
     )
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e40, 1.0, 1e-200])
+def test_norms_of_float64(scale: float) -> None:
+    """Its range is not float32's; nor is the factor's that clips."""
+    with mx.stream(mx.cpu):
+        gradients = {
+            "a": mx.array([3 * scale, 4 * scale], dtype=mx.float64),
+            "b": mx.array([0.0]),
+            "z": mx.zeros((0, 2), mx.float64),
+        }
+        zeros = tree_map(mx.zeros_like, gradients)
+        limit = 0.5 * scale if scale > 1e-6 else 1.0
+        expected = [-0.3 * scale, -0.4 * scale] if scale > 1e-6 else [-3e-200, -4e-200]
+        one: Any = optim.SGD(1.0, max_grad_norm=limit, skip_nonfinite=True)
+        several: Any = optim.MultiOptimizer(
+            [optim.SGD(1.0), optim.SGD(1.0)],
+            [is_first],
+            max_grad_norm=limit,
+            skip_nonfinite=True,
+        )
+        for optimizer in (one, several):
+            updated = optimizer.apply_gradients(gradients, zeros)
+            assert float(optimizer.grad_norm) == pytest.approx(5 * scale, abs=0)
+            np.testing.assert_allclose(
+                updated["a"].tolist(), expected, rtol=3e-6 if scale == 1 else 1e-12
+            )
+            bad = {**gradients, "b": mx.array([float("nan")])}
+            optimizer.apply_gradients(bad, zeros)
+            assert int(optimizer.skipped_steps) == 1
 
 
 def test_muon_of_large_gradients(backend: str) -> None:
@@ -1903,6 +2080,25 @@ def test_a_compiled_step_keeps_the_dict_that_it_captured() -> None:
     assert "mx.compile" in text and "update" in text
 
 
+def test_saving_placeholders(tmp_path: Path) -> None:
+    """The file that is there stays, and the error says what has happened."""
+    failing = False
+    model, optimizer, step = tracing(lambda: failing, several=False)
+    step(mx.ones((3, 4)))
+    optim.save(tmp_path / "file", model, optimizer)
+    before = (tmp_path / "file").read_bytes()
+    failing = True
+    with pytest.raises(RuntimeError, match="broken"):
+        step(mx.ones((5, 4)))
+    clear_error(
+        lambda: optim.save(tmp_path / "file", model, optimizer),
+        RuntimeError,
+        *("mx.compile", "placeholders"),
+    )
+    assert (tmp_path / "file").read_bytes() == before
+    assert [x.name for x in tmp_path.iterdir()] == ["file"]
+
+
 # 15. Arguments without effect
 
 
@@ -1914,6 +2110,18 @@ WITHOUT_EFFECT: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
         ("warmup_init", "relative_step"),
     ),
     ("SGD", {"learning_rate": 0.1, "dampening": 0.5}, ("dampening", "momentum")),
+    ("SGD", {"learning_rate": 0.1, "momentum": -0.9}, ("momentum",)),
+    (
+        "Muon",
+        {"learning_rate": 0.1, "weight_decay": 0.0, "decoupled_weight_decay": True},
+        ("decoupled_weight_decay",),
+    ),
+    (
+        "Muon",
+        {"learning_rate": 0.1, "ns_steps": 0, "ns_coefficients": "polar_express"},
+        ("ns_coefficients", "ns_steps"),
+    ),
+    ("AdEMAMix", {"learning_rate": 0.1, "alpha": 0.0, "warmup": 9}, ("warmup",)),
     (
         "SGD",
         {"learning_rate": 0.1, "state_dtype": mx.float32},
@@ -2324,3 +2532,158 @@ def test_warmup_ends_at_its_peak() -> None:
     schedule = optim.join_schedules([warmup, cosine], [100])
     values = [schedule(mx.array(i, mx.uint64)).item() for i in (0, 50, 100, 1100, 5000)]
     np.testing.assert_allclose(values, [0, 5e-6, 1e-5, 1e-6, 1e-6], rtol=1e-5)
+
+
+class Dropping(nn.Module):  # type: ignore[misc, unused-ignore]
+    """Modules without parameters in a list, in a dict and as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(4, 4), nn.Dropout(0.1), nn.Linear(4, 4), nn.ReLU()]
+        self.named = {"a": nn.Linear(4, 4), "d": nn.Dropout(0.1)}
+        self.drop = nn.Dropout(0.1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return self.drop(self.named["a"](x))  # type: ignore[no-any-return, unused-ignore]
+
+
+@every_optimizer
+def test_a_state_without_the_empty_dicts_of_dropout(
+    name: str, options: dict[str, Any]
+) -> None:
+    """ml-explore/mlx#1328: a file of arrays does not have them."""
+    for several in (False, True):
+
+        def build(several: bool = several) -> Any:
+            part = make(name, options)
+            parts = [part, optim.SGD(0.1)]
+            return optim.MultiOptimizer(parts, [is_matrix]) if several else part
+
+        model, optimizer, resumed = Dropping(), build(), build()
+        optimizer.update(model, backward(model))
+        mx.eval(model.parameters(), optimizer.state)
+        resumed.state = tree_unflatten([*leaves_of(optimizer.state).items()])
+        other = Dropping()
+        other.update(copy_tree(model.parameters()))
+        gradients = backward(model)
+        for _ in range(2):
+            optimizer.update(model, copy_tree(gradients))
+            resumed.update(other, copy_tree(gradients))
+        assert int(resumed.step) == 3
+        assert snapshot(other.parameters()) == snapshot(model.parameters())
+
+
+@every_optimizer
+def test_a_state_in_two_optimizers(name: str, options: dict[str, Any]) -> None:
+    """pytorch/pytorch#196083: neither steps on the arrays of the other."""
+    parameters, gradients = small_tree(0), small_tree(1)
+    original, twin = make(name, options), make(name, options)
+    parameters = original.apply_gradients(gradients, parameters)
+    mx.eval(parameters, original.state)
+    twin.state = tree_map(lambda x: x, original.state)
+    before = snapshot(original.state)
+    for _ in range(3):
+        parameters = twin.apply_gradients(gradients, parameters)
+        mx.eval(parameters, twin.state)
+    assert snapshot(original.state) == before
+    assert int(twin.step) == 4
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_a_step_count_in_half_precision_goes_on(dtype: mx.Dtype) -> None:
+    """pytorch/ao#4915: a state that was cast as a whole; 256 + 1 is 256 there."""
+    tree = {"w": mx.ones(2)}
+    optimizer: Any = optim.Adam(1e-3, bias_correction=True)
+    optimizer.init(tree)
+    last = 256 if dtype == mx.bfloat16 else 2048
+    optimizer.state["step"] = mx.array(last - 2, mx.uint64)
+    optimizer.state = tree_map(lambda x: x.astype(dtype), optimizer.state)
+    for _ in range(5):
+        tree = optimizer.apply_gradients({"w": mx.full(2, 0.1)}, tree)
+    assert int(optimizer.step) == last + 3
+    several: Any = optim.MultiOptimizer([optim.SGD(0.1)], skip_nonfinite=True)
+    several.optimizers[0].state["step"] = mx.array(last, dtype)
+    several.apply_gradients(tree, tree)
+    assert int(several.step) == last + 1
+
+
+@pytest.mark.parametrize("step", [5, 5.0, np.int64(5), mx.array(5), mx.array([5])])
+def test_a_step_count_of_another_type(step: Any) -> None:
+    """pytorch/pytorch#118326."""
+    tree = {"w": mx.array([0.5, -2.0])}
+    results = []
+    for value in (mx.array(5, mx.uint64), step):
+        optimizer: Any = optim.Adam(0.1, bias_correction=True)
+        optimizer.init(tree)
+        optimizer.state["step"] = value
+        updated = optimizer.apply_gradients(tree, tree)
+        results.append(to_numpy(optimizer.apply_gradients(tree, updated)["w"]))
+        assert int(optimizer.step) == 7
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+@decaying
+def test_what_has_no_gradient_does_not_decay(
+    name: str, options: dict[str, Any]
+) -> None:
+    """KellerJordan/Muon#54."""
+    model = Growing()
+    optimizer = make(name, options, weight_decay=0.5)
+    gradients = backward(model)
+    optimizer.update(model, gradients)
+    before = snapshot(model.parameters())
+    first = next(iter(gradients))
+    optimizer.update(model, {first: gradients[first]})
+    after = snapshot(model.parameters())
+    assert {path.split(".")[0] for path in before if before[path] != after[path]} == {
+        first
+    }
+
+
+@compiled_too
+def test_two_optimizers_of_one_model(backend: str, compiled: bool) -> None:
+    """ml-explore/mlx#2305: a tree of the matrices and one of the vectors."""
+
+    def split(tree: Any) -> list[Any]:
+        leaves = leaves_of(tree)
+        return [
+            tree_unflatten([(k, x) for k, x in leaves.items() if (x.ndim > 1) == big])
+            for big in (True, False)
+        ]
+
+    def train(module: Any, compiled: bool) -> Any:
+        mx.random.seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        optimizers = [module.AdamW(0.01, weight_decay=x) for x in (0.1, 0.0)]
+        for optimizer, part in zip(
+            optimizers, split(model.trainable_parameters()), strict=True
+        ):
+            optimizer.init(part)
+        state = [model.state, *(x.state for x in optimizers)]
+
+        def step() -> None:
+            for optimizer, part in zip(optimizers, split(backward(model)), strict=True):
+                optimizer.update(model, part)
+
+        run: Any = mx.compile(step, inputs=state, outputs=state) if compiled else step
+        for _ in range(3):
+            run()
+            mx.eval(state)
+        return model.parameters()
+
+    assert_trees_match(train(optim, compiled), train(stock, False), 1e-5, 1e-6)
+
+
+def test_a_last_batch_of_another_size(backend: str) -> None:
+    """ml-explore/mlx#1160: a second trace of the step goes on where the first was."""
+    model, optimizer, step = tracing(lambda: False, several=True)
+    for count, size in enumerate((8, 8, 3, 8, 3), 1):
+        step(mx.ones((size, 4)))
+        mx.eval(model.state, optimizer.state)
+        assert int(optimizer.step) == count
+    other, eager, _ = tracing(lambda: False, several=True)
+    for size in (8, 8, 3, 8, 3):
+        eager.update(other, backward(other, mx.ones((size, 4))))
+    assert_trees_match(model.parameters(), other.parameters(), 1e-5, 1e-6)

@@ -109,6 +109,7 @@ def save(
 
     Raises:
         OSError: If the file cannot be written.
+        RuntimeError: If arrays are placeholders of ``mx.compile``.
         TypeError: If an argument or a leaf of a tree is of the wrong type.
         ValueError: If the state is not that of the model's parameters, or two arrays
             have the same path.
@@ -130,7 +131,15 @@ def save(
         **{f"model.{name}": array for name, array in named.items()},
         **{f"optimizer.{name}": array for name, array in state.items()},
     }
-    mx.eval(arrays)
+    try:
+        mx.eval(arrays)
+    except RuntimeError as error:
+        if "without a primitive" not in str(error):
+            raise
+        raise RuntimeError(
+            "parameters or optimizer state are placeholders of mx.compile, which a "
+            "function that raised while it was traced has left; restore them before"
+        ) from error
     _write(Path(path), arrays, _configuration(optimizer))
 
 

@@ -39,7 +39,10 @@ class _Schedule:
             raise TypeError(
                 f"step is of type {type(step).__name__}; expected a number or an array"
             )
-        return self._schedule(step if isinstance(step, mx.array) else mx.array(step))
+        steps = step if isinstance(step, mx.array) else mx.array(step)
+        if steps.dtype == mx.complex64:
+            raise TypeError("step is complex; expected a real number or array")
+        return self._schedule(steps)
 
     def __reduce__(self) -> Any:
         return self._again, ()
@@ -58,9 +61,20 @@ def _copyable(make: Callable[P, Callable[[Any], Any]]) -> Callable[P, Schedule]:
 
 cosine_decay = _copyable(stock.cosine_decay)
 exponential_decay = _copyable(stock.exponential_decay)
-join_schedules = _copyable(stock.join_schedules)
 linear_schedule = _copyable(stock.linear_schedule)
 step_decay = _copyable(stock.step_decay)
+
+
+@_copyable
+@wraps(stock.join_schedules)
+def join_schedules(schedules: list[Any], boundaries: list[int]) -> Any:
+    for number, schedule in enumerate(schedules):
+        if not callable(schedule):
+            raise TypeError(
+                f"schedules[{number}] is of type {type(schedule).__name__}; expected a "
+                "callable that takes the step"
+            )
+    return stock.join_schedules(schedules, boundaries)
 
 
 def _check_steps(name: str, steps: int, least: int = 1) -> None:

@@ -9,6 +9,7 @@ import mlx.optimizers as stock
 
 from .base import Clip, FusedOptimizer, LearningRate, as_array
 from .matrices import refuse_complex
+from .options import check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,6 +83,13 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         warmup_init: bool = False,
         **options: Unpack[DecayOptions],
     ) -> None:
+        check_numbers(
+            self,
+            clip_threshold=clip_threshold,
+            decay_rate=decay_rate,
+            beta_1=0.0 if beta_1 is None else beta_1,
+            weight_decay=weight_decay,
+        )
         stock.Adafactor.__init__(
             self,
             learning_rate,

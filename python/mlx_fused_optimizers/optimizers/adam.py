@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.optimizers as stock
 
 from .base import FusedOptimizer, LearningRate
+from .options import check_betas, check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,6 +42,7 @@ class Adam(FusedOptimizer, stock.Adam):
         {options}
 
     Raises:
+        TypeError: If a beta or ``eps`` is no number.
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
     """
 
@@ -52,6 +54,8 @@ class Adam(FusedOptimizer, stock.Adam):
         bias_correction: bool = False,
         **options: Unpack[FusedOptions],
     ) -> None:
+        check_betas(self, betas)
+        check_numbers(self, eps=eps)
         stock.Adam.__init__(self, learning_rate, cast(Any, betas), eps, bias_correction)
         self._set_options(**options)
 
@@ -93,6 +97,7 @@ class AdamW(Adam, stock.AdamW):
         {options}
 
     Raises:
+        TypeError: If a beta or ``eps`` is no number.
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
     """
 
@@ -105,6 +110,8 @@ class AdamW(Adam, stock.AdamW):
         bias_correction: bool = False,
         **options: Unpack[DecayOptions],
     ) -> None:
+        check_betas(self, betas)
+        check_numbers(self, eps=eps, weight_decay=weight_decay)
         stock.AdamW.__init__(
             self, learning_rate, cast(Any, betas), eps, weight_decay, bias_correction
         )
@@ -135,6 +142,7 @@ class Adamax(Adam, stock.Adamax):
         {options}
 
     Raises:
+        TypeError: If a beta or ``eps`` is no number.
         ValueError: If a beta is not in [0, 1) or ``eps`` is negative.
     """
 
@@ -145,6 +153,8 @@ class Adamax(Adam, stock.Adamax):
         eps: float = 1e-8,
         **options: Unpack[FusedOptions],
     ) -> None:
+        check_betas(self, betas)
+        check_numbers(self, eps=eps)
         stock.Adamax.__init__(self, learning_rate, cast(Any, betas), eps)
         self._set_options(**options)
 

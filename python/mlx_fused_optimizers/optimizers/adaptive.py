@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import mlx.optimizers as stock
 
 from .base import FusedOptimizer, LearningRate
+from .options import check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,6 +49,7 @@ class RMSprop(FusedOptimizer, stock.RMSprop):
         eps: float = 1e-8,
         **options: Unpack[FusedOptions],
     ) -> None:
+        check_numbers(self, alpha=alpha, eps=eps)
         stock.RMSprop.__init__(self, learning_rate, alpha, eps)
         self._set_options(**options)
 
@@ -83,6 +85,7 @@ class Adagrad(FusedOptimizer, stock.Adagrad):
         eps: float = 1e-8,
         **options: Unpack[FusedOptions],
     ) -> None:
+        check_numbers(self, eps=eps)
         stock.Adagrad.__init__(self, learning_rate, eps)
         self._set_options(**options)
 
@@ -122,5 +125,6 @@ class AdaDelta(FusedOptimizer, stock.AdaDelta):
         eps: float = 1e-6,
         **options: Unpack[FusedOptions],
     ) -> None:
+        check_numbers(self, rho=rho, eps=eps)
         stock.AdaDelta.__init__(self, learning_rate, rho, eps)
         self._set_options(**options)

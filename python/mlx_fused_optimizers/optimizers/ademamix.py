@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .base import FusedOptimizer, LearningRate
+from .options import check_betas, check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,6 +65,10 @@ class AdEMAMix(FusedOptimizer):
         warmup: int = 0,
         **options: Unpack[DecayOptions],
     ) -> None:
+        check_betas(self, betas, 3)
+        check_numbers(
+            self, alpha=alpha, eps=eps, weight_decay=weight_decay, warmup=warmup
+        )
         self.betas = betas
         self.alpha = alpha
         self.eps = eps

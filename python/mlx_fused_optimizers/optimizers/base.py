@@ -31,6 +31,7 @@ from .options import (
     QuantizeFilter,
     StepOptions,
     WeightDecayFilter,
+    check_numbers,
     documented,
     warn_caller,
     warn_of_arguments,
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from .options import DecayOptions
 
 INIT = "optimizer.init(model.trainable_parameters())"
+
+# Errors of a step that may have a cause which can be named. nanobind's for a value
+# that is no number is a RuntimeError.
+EXPLAINED = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 LearningRate = float | Callable[[mx.array], mx.array]
 
@@ -96,13 +101,29 @@ def measure(
 ) -> tuple[mx.array, mx.array]:
     """The global norm of arrays of any dtypes, and the factor that clips it.
 
-    That of complex numbers is the norm of their magnitudes.
+    That of complex numbers is the norm of their magnitudes. Beside a float64 gradient
+    both are float64: its range is not float32's.
     """
+    if any(g.dtype == mx.float64 for g in gradients):
+        return _measure_double(gradients, max_norm)
     if any(g.dtype not in FUSED_DTYPES for g in gradients):
         gradients = [mx.abs(g).astype(mx.float32) for g in gradients]
     limit = mx.array(max_norm, mx.float32).reshape(())
     _, norm, factor = kernels.sums_of_squares(gradients, limit)
     return norm, factor
+
+
+def _measure_double(
+    gradients: list[mx.array], max_norm: float | mx.array
+) -> tuple[mx.array, mx.array]:
+    magnitudes = [mx.abs(g).astype(mx.float64) for g in gradients if g.size > 0]
+    largest = mx.max(mx.stack([mx.max(x) for x in magnitudes]))
+    # No square overflows then; an infinite gradient still gives an infinite norm.
+    unit = mx.where(mx.isfinite(largest) & (largest > 0), largest, 1.0)
+    squares = [mx.square(x / unit).sum() for x in magnitudes]
+    norm = unit * mx.sqrt(mx.stack(squares).sum())
+    limit = mx.array(max_norm, mx.float64).reshape(())
+    return norm, mx.minimum(limit / (norm + 1e-6), 1.0)
 
 
 class Optimizer(stock.Optimizer):
@@ -115,15 +136,16 @@ class Optimizer(stock.Optimizer):
     When a step raises, the state tree, the scheduled values and the step count are
     what they were before it. This does not hold for what ``mx.compile`` does: when a
     function that it compiles raises while it is traced, the arrays that it captured
-    stay placeholders. The next step says so; restore model and state then, for example
-    with :func:`load`.
+    stay placeholders. The next step outside of ``mx.compile`` says so, and so does
+    :func:`save`; restore model and state then, for example with :func:`load`.
 
     Args:
         schedulers (dict, optional): Callables that take the step and give the value
             of the state entry of their name.
         {options}
 
-    The options are attributes too, and may be set between steps.
+    The options are attributes too, and may be set between steps. As of every attribute,
+    a function that ``mx.compile`` has traced keeps the values that it was traced with.
 
     Raises:
         TypeError, ValueError: If an option is of the wrong type or out of range.
@@ -156,8 +178,15 @@ class Optimizer(stock.Optimizer):
             self.state.pop(entry, None)
 
     def _set_step_options(
-        self, max_grad_norm: float | None = None, skip_nonfinite: bool = False
+        self,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            raise TypeError(
+                f"{type(self).__name__}() got an unexpected keyword argument '{name}'"
+            )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self._set_option_state()
@@ -201,6 +230,7 @@ class Optimizer(stock.Optimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
+        check_tree("state", state)
         self._initialized = False
         self._state = state
 
@@ -208,7 +238,11 @@ class Optimizer(stock.Optimizer):
     def learning_rate(self) -> Any:
         """The learning rate, an array: the last step's if there is a schedule."""
         if "learning_rate" not in self.state:
-            reason = ": relative_step is on" if hasattr(self, "relative_step") else ""
+            reason = {
+                True: ": relative_step is on",
+                False: "; with relative_step=False it has to be given",
+                None: "",
+            }[getattr(self, "relative_step", None)]
             raise AttributeError(f"{type(self).__name__} has no learning_rate{reason}")
         return self.state["learning_rate"]
 
@@ -236,10 +270,14 @@ class Optimizer(stock.Optimizer):
                 "expected a scalar"
             )
         array = mx.array(value)
+        if array.dtype == mx.complex64:
+            raise TypeError(
+                f"[{type(self).__name__}] {name} is complex; expected a real scalar"
+            )
         return array.reshape(()) if array.size == 1 else array
 
     def _scheduled(self, name: str, value: Any) -> mx.array:
-        array = self._number(name, value)
+        array = self._number(f"what the schedule of {name} gave", value)
         if array.ndim > 0:
             raise ValueError(
                 f"[{type(self).__name__}] the schedule of {name} gave an array of "
@@ -252,7 +290,8 @@ class Optimizer(stock.Optimizer):
     def grad_norm(self) -> mx.array | None:
         """The global norm of the last step's gradients before scaling.
 
-        A float32 scalar; ``None`` without ``max_grad_norm`` and ``skip_nonfinite``.
+        A float32 scalar, float64 if a gradient was; ``None`` without
+        ``max_grad_norm`` and ``skip_nonfinite``.
         """
         norm: mx.array | None = self.state.get("grad_norm")
         return norm
@@ -423,6 +462,12 @@ class Optimizer(stock.Optimizer):
             self.init(self._initial(kernels.Leaves(gradients, parameters)))
         self._set_option_state()
         leaves = kernels.Leaves(gradients, parameters, self.state)
+        if "step" not in self.state:
+            raise KeyError(
+                f"[{type(self).__name__}] the state has no 'step'; was a part of a "
+                "state assigned?"
+            )
+        self.state["step"] = self._step_count(self.step)
         for name, schedule in self._schedulers.items():
             self.state[name] = self._scheduled(name, schedule(self.step))
         if clip is None:
@@ -438,6 +483,17 @@ class Optimizer(stock.Optimizer):
         """The tree for which a first step initializes the state."""
         return leaves.tree
 
+    def _step_count(self, step: Any) -> Any:
+        """The count, in a dtype that can go on counting: float16 ends at 2048."""
+        if isinstance(step, mx.array) and step.dtype in (mx.float16, mx.bfloat16):
+            return step.astype(mx.uint64)
+        if isinstance(step, (int, float)) or hasattr(step, "__array__"):
+            return step
+        raise TypeError(
+            f"[{type(self).__name__}] step is of type {type(step).__name__}; expected "
+            "a scalar"
+        )
+
     def _record(self, clip: Clip) -> None:
         state = self.state
         if clip.norm is not None:
@@ -450,6 +506,11 @@ class Optimizer(stock.Optimizer):
             return Clip()
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm, factor = measure(leaves.gradients, limit)
+        if factor.dtype == mx.float64:
+            # The kernels' factor is a float32, whose range may not hold it.
+            for i, gradient in enumerate(leaves.gradients):
+                leaves.set_gradient(i, (gradient * factor).astype(gradient.dtype))
+            factor = mx.array(1.0)
         return Clip(
             norm,
             None if self.max_grad_norm is None else factor,
@@ -647,7 +708,7 @@ class FusedOptimizer(Optimizer):
             if type(self)._update_leaves is not FusedOptimizer._update_leaves:
                 self._check_states(leaves)
             self._update_leaves(leaves, clip)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except EXPLAINED as error:
             self._explain(error, leaves)
             raise
         return leaves.commit()
@@ -748,6 +809,14 @@ class FusedOptimizer(Optimizer):
     def _explain(self, error: Exception, leaves: Leaves) -> None:
         """Raise a clearer error, if the leaves tell what is wrong."""
         name = type(self).__name__
+        if "learning_rate" in self.state:
+            self._number("learning_rate", self.state["learning_rate"])
+        elif "learning_rate" in str(error) and not isinstance(error, AttributeError):
+            raise KeyError(f"[{name}] the state has no 'learning_rate'") from error
+        try:
+            check_numbers(self, **self._hyperparameters())
+        except (AttributeError, TypeError, ValueError) as cause:
+            raise cause from error
         for path, gradient, parameter, state in zip(
             paths(leaves.tree),
             leaves.gradients,

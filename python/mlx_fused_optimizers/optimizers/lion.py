@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.optimizers as stock
 
 from .base import FusedOptimizer, LearningRate
+from .options import check_betas, check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,6 +52,8 @@ class Lion(FusedOptimizer, stock.Lion):
         weight_decay: float = 0.0,
         **options: Unpack[DecayOptions],
     ) -> None:
+        check_betas(self, betas)
+        check_numbers(self, weight_decay=weight_decay)
         stock.Lion.__init__(self, learning_rate, cast(Any, betas), weight_decay)
         self._set_options(**options)
 

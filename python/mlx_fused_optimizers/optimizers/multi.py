@@ -78,6 +78,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
 
     @state.setter
     def state(self, state: Any) -> None:
+        check_tree("state", state)
         if "states" not in state or len(state["states"]) != len(self.optimizers):
             raise ValueError("Invalid state provided")
         for optimizer, part in zip(self.optimizers, state["states"], strict=True):
@@ -162,8 +163,13 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         if clip is None:
             self._set_option_state()
             clip = self._measure(leaves)
+            gradients = leaves.replace(leaves.gradients)  # scaled, if in float64
         chosen = self._chosen(leaves)
         parts = self._split(gradients, chosen)
+        for optimizer in self.optimizers:
+            if self.optimizers.count(optimizer) > 1 and not optimizer._initialized:
+                # Its first step would know the first of its parts alone.
+                self.init(gradients)
         results = []
         for optimizer, part in zip(self.optimizers, parts, strict=True):
             updated = self._part(optimizer, part, parameters, clip)

@@ -11,6 +11,7 @@ import mlx.optimizers as stock
 
 from .base import FUSED_DTYPES, Clip, FusedOptimizer, LearningRate, as_array
 from .matrices import refuse_complex
+from .options import check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,6 +107,7 @@ class Muon(FusedOptimizer, stock.Muon):
         matrix_scale: bool = False,
         **options: Unpack[DecayOptions],
     ) -> None:
+        check_numbers(self, momentum=momentum, weight_decay=weight_decay)
         stock.Muon.__init__(
             self, learning_rate, momentum, weight_decay, nesterov, ns_steps
         )
@@ -137,6 +139,8 @@ class Muon(FusedOptimizer, stock.Muon):
         # before has ended. Gradients are ready from the last layer to the first.
         after: list[mx.array] = []
         for batch in _batches(parameters):
+            dtypes = [leaves.gradients[i].dtype for i in batch]
+            state_dtype = self._widen(leaves, batch)
             # This rule turns the gradient into the direction.
             self._run(
                 leaves,
@@ -147,10 +151,14 @@ class Muon(FusedOptimizer, stock.Muon):
                 skip=clip.skip,
                 indices=batch,
                 after=after,
+                state_dtype=state_dtype,
             )
             gradients = leaves.gradients
-            directions = self._orthogonalized([gradients[i] for i in batch])
-            for i, direction in zip(batch, directions, strict=True):
+            products = mx.float16 if {*dtypes} == {mx.float16} else mx.float32
+            directions = self._orthogonalized([gradients[i] for i in batch], products)
+            for i, direction, dtype in zip(batch, directions, dtypes, strict=True):
+                if dtype == parameters[i].dtype == mx.float16:
+                    direction = direction.astype(dtype)
                 leaves.set_gradient(i, direction)
             stretches = [self._stretch(parameters[i]) for i in batch]
             # The write multiplies decay by the stretched rate.
@@ -170,6 +178,28 @@ class Muon(FusedOptimizer, stock.Muon):
             )
             after = [leaves.parameters[batch[-1]]]
 
+    def _widen(self, leaves: Leaves, batch: list[int]) -> mx.Dtype | None:
+        """Make float16 gradients of matrices float32; the dtype of the batch's state.
+
+        A direction is of the gradient's dtype, and much smaller: in float16 that of
+        gradients near 1e-6 is lost before NS makes it orthogonal, whatever its scale.
+        """
+        parameters, gradients = leaves.parameters, leaves.gradients
+        usual = self._plain_dtype()
+        moments = {leaves.states[i]["v"].dtype for i in batch if "v" in leaves.states[i]}
+        known = (mx.float16, mx.float32)
+        if (
+            (len(moments) > 1 and usual is None)
+            or any(dtype not in known for dtype in moments)
+            or any(parameters[i].dtype not in known for i in batch)
+            or any(parameters[i].ndim < 2 for i in batch)
+            or any(gradients[i].dtype != mx.float16 for i in batch)
+        ):
+            return usual
+        for i in batch:
+            leaves.set_gradient(i, gradients[i].astype(mx.float32))
+        return usual or next(iter(moments), mx.float32)
+
     def _stretch(self, parameter: mx.array) -> float:
         """The factor of the learning rate, by the aspect ratio."""
         if parameter.ndim < 2 or parameter.size == 0:
@@ -180,13 +210,19 @@ class Muon(FusedOptimizer, stock.Muon):
             columns = parameter.size // rows
         return float(max(1.0, rows / columns) ** 0.5)
 
-    def _orthogonalized(self, directions: list[mx.array]) -> list[mx.array]:
-        """Of a batch: matrices of one size, or what stays as it is."""
+    def _orthogonalized(
+        self, directions: list[mx.array], products: mx.Dtype
+    ) -> list[mx.array]:
+        """Of a batch: matrices of one size, or what stays as it is.
+
+        A float32 direction of float16 gradients has products of their dtype.
+        """
         if directions[0].ndim < 2 or directions[0].size == 0:
             return directions
         matrices = [_wide(x) for x in directions]
         batch = mx.stack(matrices) if len(matrices) > 1 else matrices[0][None]
-        batch = self._newton_schulz(batch)
+        is_single = batch.dtype == mx.float32
+        batch = self._newton_schulz(batch, products if is_single else batch.dtype)
         # Slices are views, where indexing with a number would copy.
         parts = [batch[i : i + 1].squeeze(0) for i in range(len(directions))]
         return [
@@ -194,11 +230,11 @@ class Muon(FusedOptimizer, stock.Muon):
             for x, like in zip(parts, directions, strict=True)
         ]
 
-    def _newton_schulz(self, x: mx.array) -> mx.array:
+    def _newton_schulz(self, x: mx.array, products: mx.Dtype) -> mx.array:
         dtype = x.dtype
         # On the CPU MLX has no fast products of half precision.
         on_cpu = mx.default_device() == mx.cpu
-        working = mx.float32 if on_cpu and dtype in FUSED_DTYPES else dtype
+        working = mx.float32 if on_cpu and dtype in FUSED_DTYPES else products
         polynomials, safety = _polynomials(self.ns_coefficients)
         if dtype in FUSED_DTYPES:
             x = x.astype(mx.float32)

@@ -58,6 +58,28 @@ def check_limit(name: str, value: Any) -> None:
         raise ValueError(f"{name} should be >=0, {value} was provided instead")
 
 
+def check_numbers(optimizer: Any, **values: Any) -> None:
+    """Refuse hyper-parameters that are no numbers, by their names."""
+    for name, value in values.items():
+        if not hasattr(value, "__float__") and not isinstance(value, mx.array):
+            raise TypeError(
+                f"[{type(optimizer).__name__}] {name} is of type "
+                f"{type(value).__name__}; expected a number"
+            )
+
+
+def check_betas(optimizer: Any, betas: Any, count: int = 2) -> None:
+    """Refuse coefficients of running averages that are not as many numbers."""
+    title = f"[{type(optimizer).__name__}] betas"
+    if not hasattr(betas, "__len__") or isinstance(betas, str):
+        kind = type(betas).__name__
+        raise TypeError(f"{title} is of type {kind}; expected {count} numbers")
+    if len(betas) != count:
+        raise ValueError(f"{title} has length {len(betas)}; expected {count} numbers")
+    values = {f"beta{number}": beta for number, beta in enumerate(betas, 1)}
+    check_numbers(optimizer, **values)
+
+
 def _check_max_grad_norm(optimizer: Any, value: Any) -> None:
     if value is not None:
         check_limit("max_grad_norm", value)
@@ -216,6 +238,22 @@ WITHOUT_EFFECT: list[tuple[Callable[[Any], Any], str]] = [
         "dampening has no effect without momentum",
     ),
     (
+        lambda o: hasattr(o, "dampening") and getattr(o, "momentum", 0) < 0,
+        "a negative momentum has no effect",
+    ),
+    (
+        lambda o: getattr(o, "decoupled_weight_decay", False) and not o.weight_decay,
+        "decoupled_weight_decay has no effect with a weight_decay of 0",
+    ),
+    (
+        lambda o: getattr(o, "ns_steps", 1) < 1 and "ns_coefficients" in vars(o),
+        "ns_coefficients has no effect with ns_steps=0",
+    ),
+    (
+        lambda o: getattr(o, "warmup", 0) > 0 and not getattr(o, "alpha", 1),
+        "warmup has no effect with an alpha of 0",
+    ),
+    (
         # Of SGD: Muon's state is used without momentum too.
         lambda o: (
             o.state_dtype is not None
@@ -252,7 +290,7 @@ def warn_caller(text: str) -> None:
 
 
 def _dtype_named(name: str) -> Any:
-    return getattr(mx, name)
+    return getattr(mx, "bool_" if name == "bool" else name)
 
 
 # MLX's dtypes cannot be copied or pickled, and so no optimizer that has one could.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.optimizers as stock
 
 from .base import FusedOptimizer, LearningRate
+from .options import check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,6 +56,9 @@ class SGD(FusedOptimizer, stock.SGD):
         nesterov: bool = False,
         **options: Unpack[DecayOptions],
     ) -> None:
+        check_numbers(
+            self, momentum=momentum, weight_decay=weight_decay, dampening=dampening
+        )
         stock.SGD.__init__(
             self, learning_rate, momentum, weight_decay, dampening, nesterov
         )
