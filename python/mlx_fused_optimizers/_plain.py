@@ -1,0 +1,406 @@
+"""What the extension does, by plain MLX operations, where no extension fits.
+
+Of the interface in _ext.pyi. New arrays take the place of what the extension changes in
+place; the numbers are those of its plain operations (csrc/graph/composed.cpp).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ._rules import number_of, rules
+
+FUSED_DTYPES = {mx.float32, mx.float16, mx.bfloat16}
+NO_KERNELS = "no kernels: plain MLX operations are in use"
+
+
+def is_array_type(type: type) -> bool:
+    return type is mx.array
+
+
+def rule_names() -> list[str]:
+    return [*rules()]
+
+
+def hyperparameters(rule: str) -> list[str]:
+    return [*_rule_named(rule).number_names]
+
+
+def states(rule: str) -> list[str]:
+    return [*_rule_named(rule).state_names]
+
+
+def written_slots(rule: str) -> tuple[int, list[int]]:
+    is_written = _is_written(_rule_named(rule))
+    return len(is_written), [k for k, x in enumerate(is_written) if x]
+
+
+def sums_of_squares(
+    arrays: Sequence[mx.array], max_norm: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    for x in arrays:
+        if x.dtype not in FUSED_DTYPES:
+            raise ValueError(
+                f"[sums_of_squares] an array has dtype {_name(x.dtype)}; expected "
+                "float32, float16 or bfloat16."
+            )
+    limit = _scalar("max_norm", max_norm, 1, mx.float32)
+    squares = [mx.square(x.astype(mx.float32)) for x in arrays]
+    # MLX 0.32.4 may not return from reductions of arrays without elements.
+    sums = [mx.sum(x) if x.size > 0 else mx.array(0.0) for x in squares]
+    stacked = mx.stack(sums) if sums else mx.zeros((0,))
+    norm = mx.sqrt(mx.sum(stacked)) if sums else mx.array(0.0)
+    return stacked, norm, mx.minimum(limit / (norm + 1e-6), 1.0)
+
+
+def scale(arrays: Sequence[mx.array], factor: mx.array) -> list[mx.array]:
+    leaves = Leaves([*arrays])
+    leaves.update("Scale", [{}], gradient_scale=factor)
+    return leaves.gradients
+
+
+class Leaves:
+    """The leaves of a step's trees, collected in one walk."""
+
+    def __init__(
+        self, gradients: Any, parameters: Any = None, state: Any = None
+    ) -> None:
+        self.tree = gradients
+        self._gradients: list[Any] = []
+        self._parameters: list[Any] = []
+        self._states: list[Any] = []
+        self._changes: list[tuple[int, str, Any]] = []
+        self._collect(gradients, parameters, state)
+
+    def _collect(self, gradients: Any, parameters: Any, state: Any) -> None:
+        if not isinstance(gradients, (dict, list, tuple)):
+            self._gradients.append(gradients)
+            self._parameters.append(parameters)
+            self._states.append(state)
+            return
+        is_dict = isinstance(gradients, dict)
+        for key, gradient in gradients.items() if is_dict else enumerate(gradients):
+            self._collect(gradient, _child(parameters, key), _child(state, key))
+
+    def __len__(self) -> int:
+        return len(self._gradients)
+
+    @property
+    def gradients(self) -> list[Any]:
+        return [*self._gradients]
+
+    @property
+    def parameters(self) -> list[Any]:
+        return [*self._parameters]
+
+    @property
+    def states(self) -> list[Any]:
+        return [*self._states]
+
+    def dtypes(self) -> list[mx.Dtype] | None:
+        """The distinct dtypes of the gradients; None if something is no array."""
+        if not all(isinstance(gradient, mx.array) for gradient in self._gradients):
+            return None
+        return [*dict.fromkeys(gradient.dtype for gradient in self._gradients)]
+
+    def update(
+        self,
+        rule: str,
+        hyperparameters: Sequence[dict[str, float | mx.array]],
+        *,
+        sets: Sequence[int] | None = None,
+        learning_rate: mx.array | None = None,
+        step: mx.array | None = None,
+        gradient_scale: mx.array | None = None,
+        skip: mx.array | None = None,
+        per_tensor: bool = False,
+        state_dtype: mx.Dtype | None = None,
+        indices: Sequence[int] | None = None,
+        after: Sequence[mx.array] = (),
+    ) -> bool:
+        """Updates leaves by a rule; False if something is no array."""
+        kind = _rule_named(rule)
+        prepared = [_with_numbers(kind, values) for values in hyperparameters]
+        chosen = [*range(len(self))] if indices is None else [*indices]
+        slots = [self._slots(kind, i, state_dtype) for i in chosen]
+        if any(not isinstance(x, mx.array) for tensor in slots for x in tensor):
+            return False
+        set_of = [0] * len(chosen) if sets is None else sets
+        _check_sets(set_of, len(chosen), len(prepared))
+        count = len(chosen) if per_tensor else 1
+        if kind.reads_learning_rate:
+            is_broadcast = learning_rate is not None and learning_rate.ndim > 0
+            if per_tensor or not is_broadcast:
+                _scalar("learning_rate", learning_rate, count)
+        else:
+            learning_rate = None
+        if kind.reads_step:
+            step = _scalar("step", step, count, mx.uint64)
+        else:
+            step = None
+        if gradient_scale is not None:
+            gradient_scale = _scalar(
+                "gradient_scale", gradient_scale, count, mx.float32
+            )
+        if skip is not None:
+            skip = _scalar("skip", skip, count, mx.bool_)
+
+        changed = []
+        for entry, given in enumerate(slots):
+            scalars = (
+                mx.take(x, entry, 0) if per_tensor and x is not None and x.size > 1
+                else x
+                for x in (learning_rate, step, gradient_scale, skip)
+            )
+            new = _updated(prepared[set_of[entry]], given, *scalars)
+            changed.append(_stored(kind, given, new, state_dtype is not None))
+        for i, new in zip(chosen, changed, strict=True):
+            if kind.reads_parameter and kind.writes_parameter:
+                self._parameters[i] = new[0]
+            if kind.writes_gradient:
+                self._gradients[i] = new[-1]
+            first = int(kind.reads_parameter)
+            for key, value in zip(kind.state_names, new[first:], strict=False):
+                self._changes.append((i, key, value))
+        return True
+
+    def _slots(self, rule: Any, i: int, state_dtype: mx.Dtype | None) -> list[Any]:
+        """Parameter, states and gradient, as far as the rule has them."""
+        slots = [self._parameters[i]] if rule.reads_parameter else []
+        for key in rule.state_names:
+            state = self._states[i]
+            value = state.get(key) if isinstance(state, dict) else None
+            if state_dtype is not None and isinstance(value, mx.array):
+                value = value.astype(state_dtype)
+            slots.append(value)
+        return [*slots, self._gradients[i]]
+
+    def set_gradient(self, index: int, value: Any) -> None:
+        self._gradients[index] = value
+
+    def set_parameter(self, index: int, value: Any) -> None:
+        self._parameters[index] = value
+
+    def set_state(self, index: int, key: str, value: Any) -> None:
+        self._changes.append((index, key, value))
+
+    def commit(self) -> Any:
+        """Writes the changes of the states; returns the updated parameters."""
+        result = _with_leaves(self.tree, iter(self._parameters))
+        for index, key, value in self._changes:
+            self._states[index][key] = value
+        return result
+
+    def replace(self, leaves: list[Any]) -> Any:
+        """The gradients' tree with other leaves."""
+        if len(leaves) != len(self):
+            raise ValueError("leaves: expected as many as the tree has")
+        return _with_leaves(self.tree, iter(leaves))
+
+
+class Snapshot:
+    """What a tree's dicts and lists hold now: the arrays' values, not the objects."""
+
+    def __init__(self, tree: Any) -> None:
+        self._contents: list[tuple[Any, Any]] = []
+        self._record(tree)
+
+    def _record(self, tree: Any) -> None:
+        if isinstance(tree, dict):
+            values = [*tree.values()]
+            self._contents.append((tree, {k: _value(v) for k, v in tree.items()}))
+        elif isinstance(tree, (list, tuple)):
+            values = [*tree]
+            if isinstance(tree, list):
+                self._contents.append((tree, [_value(x) for x in tree]))
+        else:
+            return
+        for value in values:
+            self._record(value)
+
+    def restore(self) -> None:
+        """Undoes every change since."""
+        for node, content in self._contents:
+            if isinstance(node, list):
+                list.__setitem__(node, slice(None), content)
+            else:
+                dict.clear(node)
+                dict.update(node, content)
+
+
+def num_threads() -> int:
+    return 1
+
+
+def set_num_threads(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"[set_num_threads] count is {count}; expected at least 1.")
+
+
+def check_update(
+    rule: str, parameter: mx.array, gradient: mx.array, state: mx.array
+) -> str | None:
+    return NO_KERNELS
+
+
+def check_sums(array: mx.array) -> str | None:
+    return NO_KERNELS
+
+
+def reset_trust() -> None:
+    pass
+
+
+def instruction_set() -> str:
+    return "plain MLX operations"
+
+
+def bytes_copied() -> int:
+    return 0
+
+
+# Trees
+
+
+def _child(node: Any, key: Any) -> Any:
+    return None if node is None else node[key]
+
+
+def _value(x: Any) -> Any:
+    """An array as it is now: the object may change."""
+    return copy.copy(x) if isinstance(x, mx.array) else x
+
+
+def _with_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _with_leaves(value, leaves) for key, value in tree.items()}
+    if not isinstance(tree, (list, tuple)):
+        return next(leaves)
+    children = [_with_leaves(value, leaves) for value in tree]
+    if type(tree) is list:
+        return children
+    # A named tuple takes its fields one by one.
+    kind: Any = type(tree)
+    return kind(*children) if hasattr(tree, "_fields") else kind(children)
+
+
+# An update
+
+
+def _rule_named(name: str) -> Any:
+    if name not in rules():
+        raise ValueError(
+            f'[fused_update] rule is "{name}"; expected one of {", ".join(rules())}.'
+        )
+    return rules()[name]
+
+
+def _is_written(rule: Any) -> list[bool]:
+    """Of each slot, whether the rule writes it."""
+    parameter = [rule.writes_parameter] if rule.reads_parameter else []
+    return [*parameter, *[True for _ in rule.state_names], rule.writes_gradient]
+
+
+def _with_numbers(rule: Any, values: dict[str, Any]) -> Any:
+    """The rule with its hyper-parameters."""
+    if values.keys() != {*rule.number_names}:
+        raise ValueError(
+            f"[fused_update] hyperparameters of {rule.__name__} are "
+            f"{{{', '.join(values)}}}; expected {{{', '.join(rule.number_names)}}}."
+        )
+    prepared = rule()
+    for name, value in values.items():
+        setattr(prepared, name, number_of(value))
+    return prepared
+
+
+def _check_sets(set_of: Sequence[int], tensors: int, sets: int) -> None:
+    if len(set_of) != tensors:
+        raise ValueError(
+            "[fused_update] the list of hyper-parameter sets has "
+            f"{len(set_of)} entries; expected {tensors}."
+        )
+    for number in set_of:
+        if not 0 <= number < sets:
+            raise ValueError(
+                f"[fused_update] a tensor has hyper-parameter set {number}; there are "
+                f"{sets}."
+            )
+
+
+def _scalar(
+    name: str, value: mx.array | None, entries: int, dtype: mx.Dtype | None = None
+) -> mx.array:
+    """A scalar, or one entry per tensor, of the dtype that kernels read."""
+    if value is None:
+        raise ValueError(f"[fused_update] {name} is missing; the rule reads it.")
+    if value.size != 1 and value.shape != (entries,):
+        shape = f"({', '.join(map(str, value.shape))})"
+        more = f" or ({entries})" if entries != 1 else ""
+        raise ValueError(
+            f"[fused_update] {name} has shape {shape}; expected a scalar{more}."
+        )
+    return value if dtype is None else value.astype(dtype)
+
+
+def _updated(
+    rule: Any,
+    given: list[mx.array],
+    rate: mx.array | None,
+    step: mx.array | None,
+    gradient_scale: mx.array | None,
+    skip: mx.array | None,
+) -> list[mx.array]:
+    """What the slots of one tensor become; half precision is computed in float32."""
+    is_usual = all(x.dtype in FUSED_DTYPES for x in given)
+    slots = [x.astype(mx.float32) if is_usual else x for x in given]
+    dtype = slots[-1].dtype
+    if gradient_scale is not None:
+        slots[-1] = (slots[-1] * gradient_scale).astype(dtype)
+    if step is not None and not is_usual and mx.issubdtype(dtype, mx.floating):
+        step = step.astype(dtype)
+    rule.prepare(
+        0.0 if rate is None else rate.astype(dtype), 0.0 if step is None else step
+    )
+    first = int(rule.reads_parameter)
+    parameter = slots[0] if first else None
+    gradient, parameter, states = rule.update(slots[-1], parameter, slots[first:-1])
+    slots = [*([parameter] if first else []), *states, gradient]
+    if skip is not None:
+        slots = [mx.where(skip, *pair) for pair in zip(given, slots, strict=True)]
+    return slots
+
+
+def _stored(
+    rule: Any, given: list[mx.array], new: list[mx.array], keep_dtypes: bool
+) -> list[mx.array]:
+    """The new slots in the dtypes that they take."""
+    dtypes = [x.dtype for x in given]
+    if keep_dtypes:
+        return [x.astype(dtype) for x, dtype in zip(new, dtypes, strict=True)]
+    if not FUSED_DTYPES.issuperset(dtypes):
+        return new
+    return [
+        x.astype(_promoted(rule, dtypes, slot) if is_written else dtypes[slot])
+        for slot, (x, is_written) in enumerate(
+            zip(new, _is_written(rule), strict=True)
+        )
+    ]
+
+
+def _promoted(rule: Any, dtypes: list[mx.Dtype], slot: int) -> mx.Dtype:
+    """The dtype of a slot after an update, as in csrc/graph/layout.cpp."""
+    is_state = int(rule.reads_parameter) <= slot < len(dtypes) - 1
+    # A state takes in the gradient; everything else, the states too.
+    met = dtypes
+    if is_state and not rule.writes_gradient:
+        met = [dtypes[slot], dtypes[-1]]
+    return met[0] if len({*met}) == 1 else mx.float32
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
