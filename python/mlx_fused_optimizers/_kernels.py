@@ -1,4 +1,4 @@
-"""The extension that all of the package calls, or plain MLX operations, in one place."""
+"""What all of the package calls: the extension, or plain MLX operations."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def backend() -> Literal["cpu", "metal", "plain"]:
     """
     if reason() is not None:
         return "plain"
-    return "metal" if mx.default_device() == mx.gpu else "cpu"
+    return "metal" if _is_gpu() else "cpu"
 
 
 def reason() -> str | None:
@@ -60,8 +60,13 @@ def reason() -> str | None:
     return "it has no kernels for this GPU" if _lacks_kernels() else None
 
 
+def _is_gpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
 def _lacks_kernels() -> bool:
-    return mx.default_device() == mx.gpu and not mx.metal.is_available()
+    """Whether the default device is a GPU of another kind than Metal's."""
+    return _is_gpu() and not mx.metal.is_available()
 
 
 def _warn_once() -> None:

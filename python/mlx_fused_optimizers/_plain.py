@@ -49,11 +49,9 @@ def sums_of_squares(
                 "float32, float16 or bfloat16."
             )
     limit = _scalar("max_norm", max_norm, 1, mx.float32)
-    squares = [mx.square(x.astype(mx.float32)) for x in arrays]
-    # MLX 0.32.4 may not return from reductions of arrays without elements.
-    sums = [mx.sum(x) if x.size > 0 else mx.array(0.0) for x in squares]
+    sums = [_sum(mx.square(x.astype(mx.float32))) for x in arrays]
     stacked = mx.stack(sums) if sums else mx.zeros((0,))
-    norm = mx.sqrt(mx.sum(stacked)) if sums else mx.array(0.0)
+    norm = mx.sqrt(_sum(stacked))
     return stacked, norm, mx.minimum(limit / (norm + 1e-6), 1.0)
 
 
@@ -132,31 +130,28 @@ class Leaves:
         set_of = [0] * len(chosen) if sets is None else sets
         _check_sets(set_of, len(chosen), len(prepared))
         count = len(chosen) if per_tensor else 1
-        if kind.reads_learning_rate:
-            is_broadcast = learning_rate is not None and learning_rate.ndim > 0
-            if per_tensor or not is_broadcast:
-                _scalar("learning_rate", learning_rate, count)
-        else:
-            learning_rate = None
+        scalars: dict[str, mx.array] = {}
+        is_broadcast = learning_rate is not None and learning_rate.ndim > 0
+        if kind.reads_learning_rate and is_broadcast and not per_tensor:
+            scalars["rate"] = learning_rate
+        elif kind.reads_learning_rate:
+            scalars["rate"] = _scalar("learning_rate", learning_rate, count)
         if kind.reads_step:
-            step = _scalar("step", step, count, mx.uint64)
-        else:
-            step = None
+            scalars["step"] = _scalar("step", step, count, mx.uint64)
         if gradient_scale is not None:
-            gradient_scale = _scalar(
+            scalars["gradient_scale"] = _scalar(
                 "gradient_scale", gradient_scale, count, mx.float32
             )
         if skip is not None:
-            skip = _scalar("skip", skip, count, mx.bool_)
+            scalars["skip"] = _scalar("skip", skip, count, mx.bool_)
 
         changed = []
         for entry, given in enumerate(slots):
-            scalars = (
-                mx.take(x, entry, 0) if per_tensor and x is not None and x.size > 1
-                else x
-                for x in (learning_rate, step, gradient_scale, skip)
-            )
-            new = _updated(prepared[set_of[entry]], given, *scalars)
+            own = {
+                name: x[entry] if per_tensor and x.size > 1 else x
+                for name, x in scalars.items()
+            }
+            new = _updated(prepared[set_of[entry]], given, **own)
             changed.append(_stored(kind, given, new, state_dtype is not None))
         for i, new in zip(chosen, changed, strict=True):
             if kind.reads_parameter and kind.writes_parameter:
@@ -263,6 +258,19 @@ def bytes_copied() -> int:
     return 0
 
 
+def _sum(x: mx.array) -> mx.array:
+    # MLX 0.32.4 may not return from reductions of arrays without elements.
+    if x.size == 0:
+        return mx.array(0.0)
+    # On the CPU mx.sum adds one after the other, and loses digits of long arrays.
+    row = 1024
+    if x.size < 2 * row:
+        return mx.sum(x)
+    flat, rest = x.reshape(-1), x.size % row
+    total = mx.sum(mx.sum(flat[: x.size - rest].reshape(-1, row), axis=1))
+    return total + mx.sum(flat[x.size - rest :]) if rest else total
+
+
 # Trees
 
 
@@ -344,16 +352,18 @@ def _scalar(
         raise ValueError(
             f"[fused_update] {name} has shape {shape}; expected a scalar{more}."
         )
+    if value.size == 1:
+        value = value.reshape(())
     return value if dtype is None else value.astype(dtype)
 
 
 def _updated(
     rule: Any,
     given: list[mx.array],
-    rate: mx.array | None,
-    step: mx.array | None,
-    gradient_scale: mx.array | None,
-    skip: mx.array | None,
+    rate: mx.array | None = None,
+    step: mx.array | None = None,
+    gradient_scale: mx.array | None = None,
+    skip: mx.array | None = None,
 ) -> list[mx.array]:
     """What the slots of one tensor become; half precision is computed in float32."""
     is_usual = all(x.dtype in FUSED_DTYPES for x in given)
@@ -386,9 +396,7 @@ def _stored(
         return new
     return [
         x.astype(_promoted(rule, dtypes, slot) if is_written else dtypes[slot])
-        for slot, (x, is_written) in enumerate(
-            zip(new, _is_written(rule), strict=True)
-        )
+        for slot, (x, is_written) in enumerate(zip(new, _is_written(rule), strict=True))
     ]
 
 
