@@ -1,11 +1,13 @@
 """The backend fixture: tests that ask for it run on each backend that is here.
 
-MLX_FUSED_TEST_BACKENDS names backends to run on alone. If that is `plain`, the other
-tests run on plain operations too, but for those marked `fused`.
+MLX_FUSED_TEST_BACKENDS names those to run on alone. With `plain` all tests run on plain
+operations, but for those marked `fused`; without it, compiled steps do not, as MLX
+compiles plain operations with the machine's compiler, which takes minutes.
 """
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import metal_simulator
 import mlx.core as mx
@@ -29,12 +31,28 @@ def pytest_report_header() -> str:
     return f"backends: {', '.join(BACKENDS)}"
 
 
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """On plain operations, leave out what asserts fusion or takes long."""
+    left_out = [item for item in items if _is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _is_left_out(item: pytest.Item) -> bool:
+    call: Any = getattr(item, "callspec", None)
+    parameters = {} if call is None else call.params
+    if BACKENDS != ["plain"] and parameters.get("backend") != "plain":
+        return False
+    is_slow = not wanted and parameters.get("compiled", False)
+    return is_slow or item.get_closest_marker("fused") is not None
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend, which the package uses while the test runs."""
     name: str = request.param
-    if name == "plain" and request.node.get_closest_marker("fused"):
-        pytest.skip("asserts what only kernels do")
     device = mx.default_device()
     mx.set_default_device(mx.gpu if name == "gpu" else mx.cpu)
     if name == SIMULATOR:
@@ -51,9 +69,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=BACKENDS == ["plain"])
-def plain(request: pytest.FixtureRequest) -> Iterator[None]:
+def plain() -> Iterator[None]:
     """Plain operations for the tests that do not ask for a backend."""
-    if request.node.get_closest_marker("fused"):
-        pytest.skip("asserts what only kernels do")
     with using(_plain):
         yield

@@ -29,6 +29,7 @@ FUSED = [case for case in CASES if case.label in LEAST]
 REST = [case for case in CASES if case.label not in LEAST]
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 @pytest.mark.parametrize("case", FUSED, ids=[case.label for case in FUSED])
 def test_bytes_and_launches_are_the_least(backend: str, case: Case) -> None:
@@ -40,6 +41,7 @@ def test_bytes_and_launches_are_the_least(backend: str, case: Case) -> None:
         assert cost.launches_per_tensor <= 0.34
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 @pytest.mark.parametrize("case", REST, ids=[case.label for case in REST])
 def test_partly_fused_optimizers_cost_less_than_stock(backend: str, case: Case) -> None:

@@ -32,6 +32,7 @@ def test_table_and_json() -> None:
     assert run("--help").returncode == 0
 
 
+@pytest.mark.fused
 def test_a_failure_is_reported_with_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

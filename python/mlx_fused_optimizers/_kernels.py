@@ -37,11 +37,6 @@ else:
 def backend() -> Literal["cpu", "metal", "plain"]:
     """What computes the steps of optimizers on the default device.
 
-    Example:
-        >>> with mx.stream(mx.cpu):
-        ...     optim.backend()
-        'cpu'
-
     Returns:
         str: ``"cpu"`` or ``"metal"`` for the kernels of this package, that update in
         place. ``"plain"`` for plain MLX operations, with the same results but slower

@@ -80,8 +80,10 @@ class Leaves:
             self._parameters.append(parameters)
             self._states.append(state)
             return
-        is_dict = isinstance(gradients, dict)
-        for key, gradient in gradients.items() if is_dict else enumerate(gradients):
+        pairs: Any = (
+            gradients.items() if isinstance(gradients, dict) else enumerate(gradients)
+        )
+        for key, gradient in pairs:
             self._collect(gradient, _child(parameters, key), _child(state, key))
 
     def __len__(self) -> int:
@@ -131,11 +133,11 @@ class Leaves:
         _check_sets(set_of, len(chosen), len(prepared))
         count = len(chosen) if per_tensor else 1
         scalars: dict[str, mx.array] = {}
-        is_broadcast = learning_rate is not None and learning_rate.ndim > 0
-        if kind.reads_learning_rate and is_broadcast and not per_tensor:
-            scalars["rate"] = learning_rate
-        elif kind.reads_learning_rate:
-            scalars["rate"] = _scalar("learning_rate", learning_rate, count)
+        if kind.reads_learning_rate:
+            if learning_rate is not None and learning_rate.ndim > 0 and not per_tensor:
+                scalars["rate"] = learning_rate  # broadcasts
+            else:
+                scalars["rate"] = _scalar("learning_rate", learning_rate, count)
         if kind.reads_step:
             scalars["step"] = _scalar("step", step, count, mx.uint64)
         if gradient_scale is not None:
