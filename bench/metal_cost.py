@@ -32,6 +32,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import metal_simulator  # noqa: E402
 from metal_simulator.extension import extension, simulated  # noqa: E402
 
+from bench import models  # noqa: E402
+
 
 class Case(NamedTuple):
     """An optimizer with options, and whether gradients are clipped by global norm."""
@@ -79,10 +81,15 @@ class Cost(NamedTuple):
 
     bytes_per_parameter: float
     launches_per_tensor: float
+    # The 128-byte lines of the cache that the instructions of its simdgroups touch.
+    line_bytes_per_parameter: float
+
+
+LINE = 128
 
 
 def transformer(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The 120 parameters of twelve transformer layers."""
+    """The 100 parameters of ten transformer layers."""
     shapes = {
         "attention_norm.weight": (width,),
         "attention_norm.bias": (width,),
@@ -97,7 +104,7 @@ def transformer(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
     }
     return {
         f"layers.{layer}.{name}": mx.ones(shape, dtype)
-        for layer in range(12)
+        for layer in range(10)
         for name, shape in shapes.items()
     }
 
@@ -141,12 +148,19 @@ def updated_inputs(node: Node) -> list[str]:
     return [node.inputs[i * slots + slot] for i in range(tensors) for slot in written]
 
 
-def graph_cost(before: list[mx.array], after: list[mx.array]) -> tuple[int, int]:
-    """Elements that MLX's own primitives between these arrays move, and launches."""
+def graph_cost(
+    before: list[mx.array], after: list[mx.array], strided: int = 0
+) -> tuple[int, int]:
+    """Elements that MLX's own primitives between these arrays move, and launches.
+
+    Of the last `strided` arrays of `before`, each element is in another line.
+    """
+    first = len(before) - strided
     named = {f"array{i}": x for i, x in enumerate([*before, *after])}
     sizes: dict[str, int] = defaultdict(lambda: 1)  # constants are scalars
     sizes.update({label: x.size for label, x in named.items()})
     moved = launches = 0
+    lines = {f"array{i}" for i in range(first, len(before)) if before[i].ndim > 1}
     for node in graph(after, named):
         read = sum(sizes[label] for label in node.inputs)
         if node.name in VIEWS:
@@ -161,18 +175,26 @@ def graph_cost(before: list[mx.array], after: list[mx.array]) -> tuple[int, int]
         if not node.name.startswith(OURS):
             launches += 1
             moved += read + sum(sizes[label] for label in node.outputs)
+            wide = [label for label in node.inputs if label in lines]
+            itemsize = before[-1].itemsize
+            moved += sum(sizes[label] * (LINE // itemsize - 1) for label in wide)
     return moved, launches
 
 
-def fused_cost(case: Case, width: int, dtype: mx.Dtype) -> Cost:
+def real_gradients(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Those of a small decoder, as autodiff gives them: transposed."""
+    return models.decoder(dtype, width=width, layers=2, vocabulary=4 * width)
+
+
+def fused_cost(case: Case, width: int, dtype: mx.Dtype, real: bool = False) -> Cost:
     """Counted by the simulator in a step that nothing keeps from being in place.
 
     What our optimizers leave to MLX's operations is added from the graph.
     """
+    gradients = real_gradients(width, dtype) if real else transformer(width, dtype)
     with simulated():
         optimizer = case.ours()
-        parameters = transformer(width, dtype)
-        gradients = transformer(width, dtype)
+        parameters = {path: mx.ones(x.shape, dtype) for path, x in gradients.items()}
         optimizer.init(parameters)
         mx.eval(parameters, gradients, optimizer.state)
         sizes = [x.size for x in parameters.values()]
@@ -182,6 +204,7 @@ def fused_cost(case: Case, width: int, dtype: mx.Dtype) -> Cost:
         after = [*parameters.values(), *leaves(optimizer.state)]
         moved, launches = graph_cost(before, after)
         moved *= dtype.size
+        lines = moved
         mx.eval(after)
         del before, after
         metal_simulator.reset()
@@ -190,18 +213,22 @@ def fused_cost(case: Case, width: int, dtype: mx.Dtype) -> Cost:
         mx.synchronize()
         for launch in metal_simulator.counters():
             moved += launch.bytes_read + launch.bytes_written
+            lines += launch.line_bytes_read + launch.line_bytes_written
             launches += 1
-    return Cost(moved / sum(sizes), launches / len(sizes))
+    count = sum(sizes)
+    return Cost(moved / count, launches / len(sizes), lines / count)
 
 
-def stock_cost(case: Case, width: int, dtype: mx.Dtype, compiled: bool) -> Cost:
+def stock_cost(
+    case: Case, width: int, dtype: mx.Dtype, compiled: bool, real: bool = False
+) -> Cost:
     """Counted from the graph of a step of mlx.optimizers."""
-    parameters = transformer(width, dtype)
-    gradients = transformer(width, dtype)
+    gradients = real_gradients(width, dtype) if real else transformer(width, dtype)
+    parameters = {path: mx.ones(x.shape, dtype) for path, x in gradients.items()}
     optimizer = case.stock()
     optimizer.init(parameters)
     mx.eval(parameters, gradients, optimizer.state)
-    before = [*parameters.values(), *gradients.values(), *leaves(optimizer.state)]
+    before = [*parameters.values(), *leaves(optimizer.state), *gradients.values()]
 
     def step(parameters: Any, gradients: Any) -> Any:
         if case.clipped:
@@ -212,9 +239,11 @@ def stock_cost(case: Case, width: int, dtype: mx.Dtype, compiled: bool) -> Cost:
         step = mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
     updated = step(parameters, gradients)
     after = [*updated.values(), *leaves(optimizer.state)]
-    moved, launches = graph_cost(before, after)
     count = sum(x.size for x in parameters.values())
-    return Cost(moved * dtype.size / count, launches / len(parameters))
+    moved, launches = graph_cost(before, after)
+    lines, _ = graph_cost(before, after, len(gradients) if real else 0)
+    scale = dtype.size / count
+    return Cost(moved * scale, launches / len(parameters), lines * scale)
 
 
 def rows(width: int, dtypes: list[str]) -> Iterator[dict[str, Any]]:
@@ -225,33 +254,55 @@ def rows(width: int, dtypes: list[str]) -> Iterator[dict[str, Any]]:
         # Beside the updates, these need many of MLX's operations on the CPU.
         size = min(width, 64) if case.name in ("Adafactor", "Muon") else width
         parameters = transformer(size, kind)
-        yield {
+        row: dict[str, Any] = {
             "optimizer": case.label,
             "dtype": dtype,
             "tensors": len(parameters),
             "parameters": sum(x.size for x in parameters.values()),
             **fused_cost(case, size, kind)._asdict(),
-            "mlx_eager": stock_cost(case, size, kind, compiled=False)._asdict(),
-            "mlx_compiled": stock_cost(case, size, kind, compiled=True)._asdict(),
+            "on real gradients": fused_cost(case, REAL_WIDTH, kind, True)._asdict(),
         }
+        if hasattr(stock, case.name):
+            for label, compiled in (("mlx_eager", False), ("mlx_compiled", True)):
+                row[label] = stock_cost(case, size, kind, compiled)._asdict()
+            real = stock_cost(case, REAL_WIDTH, kind, compiled=True, real=True)
+            row["mlx_compiled on real gradients"] = real._asdict()
+        yield row
 
 
+REAL_WIDTH = 128
 KINDS = [("fused", None), ("MLX eager", "mlx_eager"), ("MLX compiled", "mlx_compiled")]
+COLUMNS = [
+    *[
+        (f"bytes a parameter, {label}", key, "bytes_per_parameter")
+        for label, key in KINDS
+    ],
+    *[
+        (f"launches a tensor, {label}", key, "launches_per_tensor")
+        for label, key in KINDS
+    ],
+    ("line bytes a parameter, contiguous", None, "line_bytes_per_parameter"),
+    ("on a decoder's gradients", "on real gradients", "line_bytes_per_parameter"),
+    (
+        "the same, MLX compiled",
+        "mlx_compiled on real gradients",
+        "line_bytes_per_parameter",
+    ),
+]
 
 
 def table(table_rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    head = ["optimizer", "dtype"]
-    head += [f"bytes a parameter, {label}" for label, _ in KINDS]
-    head += [f"launches a tensor, {label}" for label, _ in KINDS]
-    lines = [head, ["---"] * 2 + ["---:"] * 6]
+    head = ["optimizer", "dtype", *[title for title, _, _ in COLUMNS]]
+    lines = [head, ["---"] * 2 + ["---:"] * len(COLUMNS)]
     for row in table_rows:
-        costs = [row[key] if key else row for _, key in KINDS]
-        lines.append(
-            [row["optimizer"], row["dtype"]]
-            + [f"{cost['bytes_per_parameter']:.1f}" for cost in costs]
-            + [f"{cost['launches_per_tensor']:.2f}" for cost in costs]
-        )
+        line = [row["optimizer"], row["dtype"]]
+        for _, source, key in COLUMNS:
+            cost = row.get(source) if source else row
+            line.append(
+                f"{cost[key]:.{2 if 'launches' in key else 1}f}" if cost else "-"
+            )
+        lines.append(line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -264,9 +315,12 @@ def chart(chart_rows: list[dict[str, Any]], path: Path) -> None:
 
     chart_rows = [row for row in chart_rows if row["dtype"] == "float32"] or chart_rows
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.6 * len(chart_rows) + 1.5))
-    for axis, key in zip(axes, Cost._fields, strict=True):
+    for axis, key in zip(axes, Cost._fields[:2], strict=True):
         for i, (label, source) in enumerate(KINDS):
-            values = [(row[source] if source else row)[key] for row in chart_rows]
+            values = [
+                (row.get(source, {}) if source else row).get(key, 0)
+                for row in chart_rows
+            ]
             places = [place + (i - 1) * 0.27 for place in range(len(values))]
             bars = axis.barh(places, values, 0.27, label=label)
             axis.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
@@ -278,7 +332,7 @@ def chart(chart_rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names, fontsize=8)
     axes[1].legend(fontsize=8)
     figure.suptitle(
-        "One step of a transformer's 120 float32 tensors on Metal. Fused: counted in "
+        "One step of a transformer's 100 float32 tensors on Metal. Fused: counted in "
         "simulation; MLX: from its graph",
         fontsize=10,
     )

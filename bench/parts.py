@@ -13,7 +13,7 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 
 from . import peers as p
-from .sets import SETS, Shapes, elements
+from .sets import SETS, Shapes, elements, tensors
 from .streaming import LONGEST, chip_bandwidth, reading_loop, update_loop
 from .timing import Times, interleave
 
@@ -81,12 +81,14 @@ def in_milliseconds(times: Times) -> dict[str, float]:
 
 LARGE = 10_000_000  # parameters, from which a step takes what memory takes
 TABLE = [
-    ("large", "AdamW"),
     ("decoder", "AdamW"),
-    ("adapters", "AdamW"),
-    ("small", "AdamW"),
     ("decoder", "SGD momentum"),
     ("decoder", "Lion"),
+    ("adapters", "AdamW"),
+    ("convolutions", "AdamW"),
+    ("large", "AdamW"),
+    ("gpt2", "AdamW"),
+    ("small", "AdamW"),
 ]
 
 
@@ -103,17 +105,23 @@ def steps(choice: Choice) -> list[Unit]:
 
 
 def step_row(name: str, optimizer: str, dtype: str, choice: Choice) -> Row:
-    label, shapes = SETS[name]
-    count = elements(shapes)
+    chosen = SETS[name]
+    gradients = chosen.gradients(p.DTYPES[dtype])
+    count = sum(x.size for x in gradients.values())
     loop = limit(optimizer, count, choice) if count >= LARGE else {}
-    times = interleave(p.peers(optimizer, shapes, dtype) | loop, choice.rounds)
+    contenders = p.peers(optimizer, gradients, dtype, chosen.is_real)
+    # Its threads spin, and beside others it takes many times as long: on its own.
+    alone = {k: contenders.pop(k) for k in [p.TORCH] if k in contenders}
+    times = interleave(contenders | loop, choice.rounds)
+    if alone:
+        times.rounds |= interleave(alone, choice.rounds).rounds
     reached = bandwidths(optimizer, dtype, count, times) if count >= LARGE else {}
     times.rounds.pop(LOOP, None)
     return {
-        "set": label,
+        "set": chosen.label,
         "optimizer": optimizer,
         "dtype": dtype,
-        "tensors": len(shapes),
+        "tensors": len(gradients),
         "parameters": count,
         "milliseconds": in_milliseconds(times),
         "ratio to ours": {
@@ -141,8 +149,8 @@ def bandwidth_row(millions: int, dtype: str, choice: Choice) -> Row:
     shapes: Shapes = [(1 << 20,)] * millions
     count = elements(shapes)
     kind = p.DTYPES[dtype]
-    gradients = p.tensors(shapes, kind)
-    step = p.mlx_step(optim, "AdamW", shapes, kind, gradients)
+    gradients = tensors(shapes, kind)
+    step = p.mlx_step(optim, "AdamW", kind, gradients)
     rounds = choice.rounds if millions < 100 else max(3, choice.rounds // 3)
     times = interleave({p.OURS: step, **limit("AdamW", count, choice)}, rounds)
     return {
@@ -164,12 +172,12 @@ def growth(choice: Choice) -> list[Unit]:
 
 def growth_row(count: int, choice: Choice) -> Row:
     shapes: Shapes = [(64,)] * count
-    gradients = p.tensors(shapes, mx.float32)
+    gradients = tensors(shapes, mx.float32)
     contenders = {p.OURS: (optim, False)}
     if count <= 3000:
         contenders |= {p.STOCK: (stock, False), p.STOCK_COMPILED: (stock, True)}
     steps = {
-        label: p.mlx_step(module, "AdamW", shapes, mx.float32, gradients, compiled)
+        label: p.mlx_step(module, "AdamW", mx.float32, gradients, compiled)
         for label, (module, compiled) in contenders.items()
     }
     times = interleave(steps, choice.rounds)
@@ -206,9 +214,8 @@ def clipping(choice: Choice) -> list[Unit]:
 
 
 def clipping_row(dtype: str, choice: Choice) -> Row:
-    _, shapes = SETS["decoder"]
     kind = p.DTYPES[dtype]
-    gradients = p.tensors(shapes, kind)
+    gradients = SETS["decoder"].gradients(kind)
 
     def clip(module: Any) -> p.Step:
         def run() -> None:
@@ -216,15 +223,15 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
 
         return run
 
-    count = elements(shapes) * kind.size // 4
+    count = sum(x.nbytes for x in gradients.values()) // 4
     reading = {} if choice.gpu else {"reading alone": reading_loop(count)}
     times = interleave(
         {
             "clip_grad_norm": clip(optim),
             "MLX clip_grad_norm": clip(stock),
-            "AdamW": p.mlx_step(optim, "AdamW", shapes, kind, gradients),
+            "AdamW": p.mlx_step(optim, "AdamW", kind, gradients),
             "AdamW max_grad_norm": p.mlx_step(
-                optim, "AdamW", shapes, kind, gradients, options={"max_grad_norm": 1.0}
+                optim, "AdamW", kind, gradients, options={"max_grad_norm": 1.0}
             ),
             **reading,
         },
@@ -264,8 +271,8 @@ def memory(choice: Choice) -> list[Unit]:
 def extra_memory(module: Any, optimizer: str, dtype: str, compiled: bool) -> float:
     """MB that a step takes beyond parameters, gradients and state."""
     kind = p.DTYPES[dtype]
-    gradients = p.tensors(MEMORY_SHAPES, kind)
-    step = p.mlx_step(module, optimizer, MEMORY_SHAPES, kind, gradients, compiled)
+    gradients = tensors(MEMORY_SHAPES, kind)
+    step = p.mlx_step(module, optimizer, kind, gradients, compiled)
     step()
     step()
     return peak_of(step)
@@ -345,8 +352,8 @@ def kernels(choice: Choice) -> list[Unit]:
 def kernel_row(optimizer: str, dtype: str, size: int, choice: Choice) -> Row:
     kind = p.DTYPES[dtype]
     shapes: Shapes = [(size,)]
-    gradients = p.tensors(shapes, kind)
-    step = p.mlx_step(optim, optimizer, shapes, kind, gradients)
+    gradients = tensors(shapes, kind)
+    step = p.mlx_step(optim, optimizer, kind, gradients)
     times = interleave({p.OURS: step, **limit(optimizer, size, choice)}, choice.rounds)
     return {
         "rule": optimizer,

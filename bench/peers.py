@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 
+from .models import Gradients, contiguous
 from .sets import Shapes
 
 
@@ -42,29 +43,23 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 OURS, STOCK = "ours", "MLX"
 OURS_COMPILED, STOCK_COMPILED = "ours compiled", "MLX compiled"
+CONTIGUOUS = "ours on contiguous"
 TORCH = "torch fused"
-
-
-def tensors(shapes: Shapes, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """Arrays, evaluated; time does not depend on their values."""
-    tree = {f"p{i}": mx.full(shape, 0.02, dtype) for i, shape in enumerate(shapes)}
-    mx.eval(tree)
-    return tree
 
 
 def mlx_step(
     module: Any,
     optimizer: str,
-    shapes: Shapes,
     dtype: mx.Dtype,
-    gradients: dict[str, mx.array],
+    gradients: Gradients,
     compiled: bool = False,
     options: dict[str, Any] | None = None,
 ) -> Step:
     """A step of ``mlx.optimizers`` or of ours; it keeps what it updates."""
     name, usual = OPTIMIZERS[optimizer]
     instance = getattr(module, name)(learning_rate=1e-4, **usual, **(options or {}))
-    parameters = tensors(shapes, dtype)
+    parameters = {path: mx.full(x.shape, 0.02, dtype) for path, x in gradients.items()}
+    mx.eval(parameters)
     instance.init(parameters)
     mx.eval(instance.state)
     apply = instance.apply_gradients
@@ -111,12 +106,13 @@ def torch_step(optimizer: str, shapes: Shapes, dtype: str) -> Step | None:
     return step
 
 
-def peers(optimizer: str, shapes: Shapes, dtype: str) -> dict[str, Step]:
-    """A step by each."""
+def peers(
+    optimizer: str, gradients: Gradients, dtype: str, is_real: bool
+) -> dict[str, Step]:
+    """A step by each; of ours also on contiguous gradients, if they are a model's."""
     kind = DTYPES[dtype]
-    gradients = tensors(shapes, kind)
     steps = {
-        label: mlx_step(module, optimizer, shapes, kind, gradients, compiled)
+        label: mlx_step(module, optimizer, kind, gradients, compiled)
         for label, module, compiled in (
             (OURS, optim, False),
             (OURS_COMPILED, optim, True),
@@ -124,5 +120,7 @@ def peers(optimizer: str, shapes: Shapes, dtype: str) -> dict[str, Step]:
             (STOCK_COMPILED, stock, True),
         )
     }
-    fused = torch_step(optimizer, shapes, dtype)
+    if is_real:
+        steps[CONTIGUOUS] = mlx_step(optim, optimizer, kind, contiguous(gradients))
+    fused = torch_step(optimizer, [x.shape for x in gradients.values()], dtype)
     return steps | ({TORCH: fused} if fused else {})

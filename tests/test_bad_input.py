@@ -165,10 +165,13 @@ def test_steps(backend: str, case: Step, guarded: bool) -> None:
 
 
 def test_schedule_that_gives_no_scalar(backend: str) -> None:
-    optimizer = optim.SGD(lambda step: mx.array([0.1, 0.2]))
+    with pytest.raises(ValueError, match=r"learning_rate gave an array of"):
+        optim.SGD(lambda step: mx.array([0.1, 0.2]))
+    optimizer = optim.SGD(lambda step: mx.ones((1 + int(step > 0),)))
+    updated = optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2)})
     before = snapshot(optimizer.state)
     with pytest.raises(ValueError, match=r"learning_rate gave an array of"):
-        optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2)})
+        optimizer.apply_gradients({"w": mx.ones(2)}, updated)
     assert snapshot(optimizer.state) == before
     # A Python number is one; upstream takes only arrays.
     half: Any = lambda step: 0.5  # noqa: E731
@@ -185,6 +188,8 @@ def test_what_stock_does_with_other_dtypes(
     backend: str, name: str, options: dict[str, Any], dtype: mx.Dtype
 ) -> None:
     """The same result, or the same error."""
+    if dtype == mx.complex64 and name in ("Adafactor", "Muon"):
+        return  # refused by name: test_complex_matrices_are_refused_by_name
     parameters = {"w": mx.array([[1, 0], [3, 2]]).astype(dtype)}
     gradient_dtype = mx.float16 if dtype != mx.complex64 else dtype
     gradients = {"w": mx.array([[1, 2], [0, 1]]).astype(gradient_dtype)}

@@ -243,7 +243,7 @@ def test_one_tensor_of_several_has_no_memory(backend: str) -> None:
     mx.eval(parameters, optimizer.state)
     huge = mx.broadcast_to(mx.array(1.0), (1 << 24, 1 << 24))
     optimizer.state["huge"] = {"v": huge}
-    optimizer.init({**parameters, "huge": huge[:1, :1]})
+    optimizer.init({**parameters, "huge": huge})
     tree = {"huge": huge, **parameters}
     updated = optimizer.apply_gradients(tree, tree)
     with pytest.raises(RuntimeError, match="no memory for an array of shape"):

@@ -31,7 +31,7 @@ constexpr size_t large_piece_size = 8 * piece_size;
 // A transposed gradient is turned block by block, in the second-level cache.
 // Matrices with fewer rows or columns are gathered element by element.
 constexpr size_t turned_rows = 64;
-constexpr size_t turned_columns = 512;
+constexpr size_t turned_columns = 1024;
 constexpr int64_t worth_turning = 8;
 
 // Where an array's elements are. Taken while the graph is evaluated: the arrays
@@ -292,9 +292,15 @@ struct UpdateTask {
       for (size_t column = 0; column < static_cast<size_t>(t.columns);
            column += columns_each) {
         const size_t columns = std::min(columns_each, t.columns - column);
-        const char* in = view.at(in_gradient + row + column * t.column_stride);
-        cpu::loops().turn(view.itemsize, in, t.column_stride, rows, columns,
-                          block);
+        const auto address = [&](size_t row, size_t column) {
+          return view.at(in_gradient + row + column * t.column_stride);
+        };
+        const char* next = column + columns < static_cast<size_t>(t.columns)
+                               ? address(row, column + columns)
+                           : row + rows < end_row ? address(row + rows, 0)
+                                                  : nullptr;
+        cpu::loops().turn(view.itemsize, address(row, column), next,
+                          t.column_stride, rows, columns, block);
         const size_t start = begin + row * t.row_stride + column;
         if (t.row_stride == static_cast<int64_t>(columns)) {
           update(tensor, start, rows * columns, block);

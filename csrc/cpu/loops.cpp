@@ -349,8 +349,8 @@ inline __attribute__((always_inline)) void exchange(
 }
 
 template <typename T>
-void turn_squares(const T* in, int64_t column_stride, size_t rows,
-                  size_t columns, T* out) {
+void turn_squares(const T* in, const T* next, int64_t column_stride,
+                  size_t rows, size_t columns, T* out) {
   constexpr std::make_integer_sequence<int, square> lanes;
   const size_t square_rows = rows / square * square;
   const size_t square_columns = columns / square * square;
@@ -358,9 +358,12 @@ void turn_squares(const T* in, int64_t column_stride, size_t rows,
     for (size_t row = 0; row < square_rows; row += square) {
       Lanes<T> registers[square];
       for (size_t k = 0; k < square; ++k) {
-        memcpy(&registers[k],
-               in + row + static_cast<int64_t>(column + k) * column_stride,
-               sizeof(registers[k]));
+        const int64_t place =
+            row + static_cast<int64_t>(column + k) * column_stride;
+        memcpy(&registers[k], in + place, sizeof(registers[k]));
+        if (next) {
+          __builtin_prefetch(next + place, /*write=*/0, /*locality=*/2);
+        }
       }
       exchange<8, T>(registers, lanes);
       exchange<4, T>(registers, lanes);
@@ -381,15 +384,18 @@ void turn_squares(const T* in, int64_t column_stride, size_t rows,
   }
 }
 
-void turn(size_t itemsize, const void* in, int64_t column_stride, size_t rows,
-          size_t columns, void* out) {
-  if (itemsize == 4) {
-    turn_squares(static_cast<const uint32_t*>(in), column_stride, rows, columns,
-                 static_cast<uint32_t*>(out));
-  } else {
-    turn_squares(static_cast<const uint16_t*>(in), column_stride, rows, columns,
-                 static_cast<uint16_t*>(out));
-  }
+template <typename T>
+void turn_typed(const char* in, const char* next, int64_t column_stride,
+                size_t rows, size_t columns, char* out) {
+  turn_squares(reinterpret_cast<const T*>(in), reinterpret_cast<const T*>(next),
+               column_stride, rows, columns, reinterpret_cast<T*>(out));
+}
+
+void turn(size_t itemsize, const char* in, const char* next,
+          int64_t column_stride, size_t rows, size_t columns, char* out) {
+  (itemsize == 4
+       ? turn_typed<uint32_t>
+       : turn_typed<uint16_t>)(in, next, column_stride, rows, columns, out);
 }
 
 }  // namespace

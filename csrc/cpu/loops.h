@@ -42,9 +42,11 @@ struct Loops {
   void (*add_squares)(const float* x, size_t n, float* lanes);
 
   // Writes rows x columns elements of 2 or 4 bytes in row-major order: element
-  // (row, column) is read from in + row + column * column_stride.
-  void (*turn)(size_t itemsize, const void* in, int64_t column_stride,
-               size_t rows, size_t columns, void* out);
+  // (row, column) is read from in + row + column * column_stride. The elements
+  // from `next` on, if given, are fetched into the cache meanwhile: their rows
+  // are too short for the hardware to foresee them.
+  void (*turn)(size_t itemsize, const char* in, const char* next,
+               int64_t column_stride, size_t rows, size_t columns, char* out);
 
   void (*load_float16)(const uint16_t* in, float* out, size_t n);
   void (*store_float16)(const float* in, uint16_t* out, size_t n);

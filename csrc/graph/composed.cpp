@@ -53,6 +53,24 @@ mx::array entry_of(const mx::array& scalar, uint32_t entry, bool per_tensor) {
              : scalar;
 }
 
+// A complex number is two real ones, as in torch: squares and quotients of
+// complex arithmetic are no second moments. Lion's sign and Adamax' magnitude
+// are those of complex numbers, as in mlx.optimizers.
+bool takes_pairs(const RuleTraits& rule, const std::vector<mx::Dtype>& dtypes) {
+  return rule.name != "Lion" && rule.name != "Adamax" &&
+         std::find(dtypes.begin(), dtypes.end(), mx::complex64) != dtypes.end();
+}
+
+// With a last axis of 2, real and imaginary.
+mx::array to_pairs(const mx::array& a) {
+  const auto numbers = mx::expand_dims(mx::astype(a, mx::complex64), -1);
+  return mx::concatenate({mx::real(numbers), mx::imag(numbers)}, -1);
+}
+
+mx::array from_pairs(const mx::array& a) {
+  return mx::squeeze(mx::view(a, mx::complex64), -1);
+}
+
 }  // namespace
 
 Function composed_update(GroupUpdate update, bool keep_dtypes,
@@ -74,11 +92,14 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       for (const auto& a : given) {
         dtypes.push_back(a.dtype());
       }
+      const bool has_pairs = takes_pairs(rule, dtypes);
       const bool is_usual =
-          std::all_of(dtypes.begin(), dtypes.end(), has_kernels);
+          has_pairs || std::all_of(dtypes.begin(), dtypes.end(), has_kernels);
       std::vector<Node> slots;
       for (const auto& a : given) {
-        slots.emplace_back(is_usual ? mx::astype(a, mx::float32) : a);
+        slots.emplace_back(has_pairs  ? to_pairs(a)
+                           : is_usual ? mx::astype(a, mx::float32)
+                                      : a);
       }
       const auto dtype = slots.back().array().dtype();
       if (layout.has[gradient_scale]) {
@@ -87,7 +108,11 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       }
       Node rate, count;
       if (layout.has[learning_rate]) {
-        rate = mx::astype(scalar(learning_rate), dtype);
+        auto given_rate = scalar(learning_rate);
+        if (has_pairs && given_rate.ndim() > 0) {
+          given_rate = mx::expand_dims(given_rate, -1);
+        }
+        rate = mx::astype(given_rate, dtype);
       }
       if (layout.has[step]) {
         count = !is_usual && mx::issubdtype(dtype, mx::floating)
@@ -97,12 +122,16 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       apply_table[rule.index]((*update.sets)[entry.hyperparameters], rate,
                               count, rule, slots);
       for (const int k : rule.written()) {
-        auto result = slots[k].array();
+        auto result =
+            has_pairs ? from_pairs(slots[k].array()) : slots[k].array();
         if (layout.has[skip]) {
           result = mx::where(scalar(skip), given[k], result);
         }
         outputs.push_back(std::move(result));
         auto& output = outputs.back();
+        if (has_pairs) {
+          continue;
+        }
         if (keep_dtypes) {
           output = mx::astype(output, given[k].dtype());
         } else if (is_usual) {

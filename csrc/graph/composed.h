@@ -14,8 +14,9 @@ using Function = std::function<Arrays(const Arrays&)>;
 
 // Takes and gives arrays in the order of the group's layout. Half precision is
 // computed in float32 and rounded once; other dtypes promote as they do in
-// mlx.optimizers, and so do the results unless keep_dtypes is set. A learning
-// rate may have any shape.
+// mlx.optimizers, and so do the results unless keep_dtypes is set. Complex
+// numbers are pairs of float32 where a rule squares gradients. A learning rate
+// may have any shape.
 Function composed_update(GroupUpdate update, bool keep_dtypes,
                          mx::Stream stream);
 

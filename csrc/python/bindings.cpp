@@ -145,8 +145,9 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
   using mlx_fused::Leaves;
   nb::class_<Leaves>(m, "Leaves",
                      "The leaves of a step's trees, collected in one walk.")
-      .def(nb::init<nb::object, nb::object, nb::object>(), "gradients"_a,
-           "parameters"_a = nb::none(), "state"_a = nb::none())
+      .def(nb::init<nb::object, nb::object, nb::object, const std::string&>(),
+           "gradients"_a, "parameters"_a = nb::none(), "state"_a = nb::none(),
+           "what"_a = "gradient")
       .def("__len__", &Leaves::size)
       .def_prop_ro("tree", &Leaves::tree)
       .def_prop_ro("gradients", &Leaves::gradients)
@@ -193,7 +194,7 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
            "The gradients' tree with other leaves.");
   using mlx_fused::Snapshot;
   nb::class_<Snapshot>(m, "Snapshot", "What a tree's dicts and lists hold now.")
-      .def(nb::init<nb::handle>(), "tree"_a)
+      .def(nb::init<nb::handle, nb::handle>(), "tree"_a, "like"_a = nb::none())
       .def("restore", &Snapshot::restore, "Undoes every change since.");
   m.def("reset_trust", &mlx_fused::reset_trust,
         "Check every Metal kernel anew when it is next used.");

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <numeric>
+#include <sstream>
+#include <stdexcept>
 
 #include "mlx/ops.h"
+#include "mlx/utils.h"
 
 namespace mlx_fused {
 
@@ -26,8 +29,24 @@ class Recursion {
   Recursion& operator=(const Recursion&) = delete;
 };
 
+// What a node has at a key: None for a tree that is not given, null for
+// nothing.
 nb::object child(nb::handle node, nb::handle key) {
-  return node.is_none() ? nb::none() : nb::object(node[key]);
+  if (!node || node.is_none()) {
+    return nb::borrow(node);
+  }
+  PyObject* value = PyObject_GetItem(node.ptr(), key.ptr());
+  if (value) {
+    return nb::steal(value);
+  }
+  // The last two: of nodes that have no such keys, as arrays and lists.
+  if (!PyErr_ExceptionMatches(PyExc_LookupError) &&
+      !PyErr_ExceptionMatches(PyExc_TypeError) &&
+      !PyErr_ExceptionMatches(PyExc_ValueError)) {
+    throw nb::python_error();
+  }
+  PyErr_Clear();
+  return {};
 }
 
 bool is_array(nb::handle h) {
@@ -36,6 +55,19 @@ bool is_array(nb::handle h) {
 }
 
 const mx::array& array_of(nb::handle h) { return *nb::inst_ptr<mx::array>(h); }
+
+// mx.compile puts placeholders in the place of what it captures, and leaves
+// them there when the function that it traces raises.
+void check_is_there(const mx::array& a) {
+  if (a.status() == mx::array::Status::unscheduled && !a.has_primitive() &&
+      !a.is_tracer()) {
+    throw std::runtime_error(
+        "parameters or optimizer state are placeholders of mx.compile: the "
+        "function that it compiled, of which they are inputs, has raised while "
+        "it was traced, or does not have them as outputs. Restore them, for "
+        "example with optim.load, and go on.");
+  }
+}
 
 using Value = std::variant<mx::array, nb::object>;
 
@@ -95,31 +127,75 @@ nb::object with_leaves(nb::handle tree, const std::vector<nb::object>& leaves,
 
 }  // namespace
 
-Leaves::Leaves(nb::object gradients, nb::object parameters, nb::object state)
-    : tree_(std::move(gradients)) {
-  collect(tree_, std::move(parameters), std::move(state));
+// A place in a tree, by its keys from the innermost to the root's.
+struct Leaves::Place {
+  const std::string& what;
+  const Place* parent = nullptr;
+  nb::handle key = {};
+
+  std::string path() const {
+    const auto name = std::string(nb::str(key).c_str());
+    return parent->parent ? parent->path() + "." + name : name;
+  }
+  std::string of_leaf() const {
+    return "the " + what + (parent ? " of '" + path() + "'" : "");
+  }
+};
+
+Leaves::Leaves(nb::object gradients, nb::object parameters, nb::object state,
+               const std::string& what)
+    : tree_(std::move(gradients)), has_state_(!state.is_none()) {
+  if (is_dict(state)) {
+    for (const auto [key, value] : nb::borrow<nb::dict>(state)) {
+      if (is_array(value)) {
+        check_is_there(array_of(value));
+      }
+    }
+  }
+  collect(tree_, std::move(parameters), std::move(state), {what});
 }
 
 void Leaves::collect(nb::handle gradients, nb::object parameters,
-                     nb::object state) {
+                     nb::object state, const Place& place) {
   const Recursion guard;
   const auto descend = [&](nb::handle key, nb::handle gradient) {
-    collect(gradient, child(parameters, key), child(state, key));
+    collect(gradient, child(parameters, key), child(state, key),
+            {place.what, &place, key});
   };
   if (is_dict(gradients)) {
     for (const auto [key, value] : nb::borrow<nb::dict>(gradients)) {
       descend(key, value);
     }
-  } else if (is_list(gradients) || is_tuple(gradients)) {
+    return;
+  }
+  if (is_list(gradients) || is_tuple(gradients)) {
     size_t i = 0;
     for (const auto value : gradients) {
       descend(nb::int_(i++), value);
     }
-  } else {
-    gradients_.push_back(nb::borrow(gradients));
-    parameters_.push_back(std::move(parameters));
-    states_.push_back(std::move(state));
+    return;
   }
+  if (!is_array(gradients)) {
+    throw nb::type_error((place.of_leaf() + " is of type " +
+                          Py_TYPE(gradients.ptr())->tp_name +
+                          "; expected an mx.array")
+                             .c_str());
+  }
+  if (!parameters) {
+    throw nb::key_error((place.of_leaf() + " has no parameter").c_str());
+  }
+  if (has_state_ && (!state || !is_dict(state))) {
+    throw nb::key_error((place.of_leaf() +
+                         " has no state. When a model has changed, call " +
+                         "optimizer.init(model.trainable_parameters())")
+                            .c_str());
+  }
+  if (is_array(parameters)) {
+    check_is_there(array_of(parameters));
+  }
+  gradients_.push_back(nb::borrow(gradients));
+  parameters_.push_back(std::move(parameters));
+  states_.push_back(std::move(state));
 }
 
 nb::list Leaves::list_of(const std::vector<nb::object>& objects) {
@@ -183,8 +259,20 @@ bool Leaves::update(Request request,
       if (!collect_into(state, entry(states_[i], keys.back()))) {
         return false;
       }
-      if (state_dtype && state.back().dtype() != *state_dtype) {
-        state.back() = mx::astype(state.back(), *state_dtype);
+      auto& array = state.back();
+      check_is_there(array);
+      // It would widen the parameter, or take the place of its own.
+      if (is_array(parameters_[i]) &&
+          array.shape() != array_of(parameters_[i]).shape()) {
+        std::ostringstream message;
+        message << "the state " << name << " has shape " << array.shape()
+                << "; expected " << array_of(parameters_[i]).shape();
+        throw std::invalid_argument(message.str());
+      }
+      // There is no half a complex number.
+      if (state_dtype && array.dtype() != *state_dtype &&
+          array.dtype() != mx::complex64) {
+        array = mx::astype(array, *state_dtype);
       }
     }
   }
@@ -246,6 +334,15 @@ nb::object Leaves::replace(const nb::list& leaves) const {
   return with_leaves(tree_, objects, next);
 }
 
+Snapshot::Snapshot(nb::handle tree, nb::handle like)
+    : is_whole_(like.is_none()) {
+  if (is_whole_) {
+    record(tree);
+  } else {
+    record(tree, like);
+  }
+}
+
 void Snapshot::record(nb::handle tree) {
   const Recursion guard;
   const size_t begin = contents_.size();
@@ -274,6 +371,36 @@ void Snapshot::record(nb::handle tree) {
   }
 }
 
+void Snapshot::record(nb::handle tree, nb::handle like) {
+  const Recursion guard;
+  const size_t begin = contents_.size();
+  std::vector<std::pair<nb::object, nb::handle>> inner;
+  const auto visit = [&](nb::handle key, nb::handle like_child) {
+    auto value = child(tree, key);
+    if (is_dict(like_child) || is_list(like_child) || is_tuple(like_child)) {
+      inner.emplace_back(std::move(value), like_child);
+    } else if (value && (is_dict(tree) || is_list(tree))) {
+      contents_.push_back({nb::borrow(key), value_of(value)});
+    }
+  };
+  if (is_dict(like)) {
+    for (const auto [key, value] : nb::borrow<nb::dict>(like)) {
+      visit(key, value);
+    }
+  } else {
+    size_t i = 0;
+    for (const auto value : like) {
+      visit(nb::int_(i++), value);
+    }
+  }
+  nodes_.push_back({nb::borrow(tree), begin, contents_.size()});
+  for (const auto& [value, like_child] : inner) {
+    if (value) {
+      record(value, like_child);
+    }
+  }
+}
+
 void Snapshot::restore() const {
   for (const auto& [node, begin, end] : nodes_) {
     nb::list before;
@@ -282,21 +409,27 @@ void Snapshot::restore() const {
       nb::handle now;
       if (is_dict(node)) {
         now = entry(node, key);
-      } else if (i - begin < nb::len(node)) {
-        now = PyList_GET_ITEM(node.ptr(), i - begin);
+      } else {
+        const size_t at = is_whole_ ? i - begin : nb::cast<size_t>(key);
+        if (at < nb::len(node)) {
+          now = PyList_GET_ITEM(node.ptr(), at);
+        }
       }
       before.append(object_of(value, now));
     }
-    if (is_list(node)) {
+    if (is_list(node) && is_whole_) {
       if (PyList_SetSlice(node.ptr(), 0, PY_SSIZE_T_MAX, before.ptr()) < 0) {
         throw nb::python_error();
       }
       continue;
     }
-    PyDict_Clear(node.ptr());
+    if (is_whole_) {
+      PyDict_Clear(node.ptr());
+    }
     for (size_t i = begin; i < end; ++i) {
-      if (PyDict_SetItem(node.ptr(), contents_[i].key.ptr(),
-                         before[i - begin].ptr()) < 0) {
+      const auto& key = contents_[i].key;
+      const auto set = is_dict(node) ? PyDict_SetItem : PyObject_SetItem;
+      if (set(node.ptr(), key.ptr(), before[i - begin].ptr()) < 0) {
         throw nb::python_error();
       }
     }

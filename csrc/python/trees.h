@@ -31,9 +31,13 @@ inline namespace MLX_FUSED_MODULE {
 class Leaves {
  public:
   // Parameters and state are trees of the gradients' structure or supersets of
-  // it; either can be None. Where the gradients have a leaf, the state has a
-  // dict. Raises KeyError or IndexError for what they lack.
-  Leaves(nb::object gradients, nb::object parameters, nb::object state);
+  // it; either can be None. Where the gradients have a leaf, which must be an
+  // array, the state has a dict. Raises KeyError with the leaf's path for what
+  // they lack, TypeError for a leaf that is no array, and RuntimeError for
+  // parameters and state that a failed trace has left behind. `what` is what
+  // the errors call a leaf of the first tree.
+  Leaves(nb::object gradients, nb::object parameters, nb::object state,
+         const std::string& what);
 
   size_t size() const { return gradients_.size(); }
   nb::object tree() const { return tree_; }
@@ -65,10 +69,13 @@ class Leaves {
   nb::object replace(const nb::list& leaves) const;
 
  private:
-  void collect(nb::handle gradients, nb::object parameters, nb::object state);
+  struct Place;
+  void collect(nb::handle gradients, nb::object parameters, nb::object state,
+               const Place& place);
   static nb::list list_of(const std::vector<nb::object>& objects);
 
   nb::object tree_;
+  bool has_state_;
   std::vector<nb::object> gradients_, parameters_, states_;
   struct Change {
     size_t index;
@@ -82,21 +89,25 @@ class Leaves {
 // Arrays are kept as what they are now, not as the objects, which may change.
 class Snapshot {
  public:
-  explicit Snapshot(nb::handle tree) { record(tree); }
+  // Of all that the tree's containers hold or, with `like`, of those of its
+  // leaves alone that `like`, a tree of the same structure or less, has.
+  explicit Snapshot(nb::handle tree, nb::handle like = nb::none());
   // Undoes every change since.
   void restore() const;
 
  private:
   void record(nb::handle tree);
+  void record(nb::handle tree, nb::handle like);
 
   struct Node {
     nb::object node;
     size_t begin, end;
   };
   struct Item {
-    nb::object key;  // in a dict
+    nb::object key;  // in a dict or, with `like`, in a list
     std::variant<mx::array, nb::object> value;
   };
+  bool is_whole_;
   std::vector<Node> nodes_;
   std::vector<Item> contents_;
 };

@@ -12,8 +12,8 @@ import os
 import re
 import secrets
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from hashlib import sha256
 from itertools import chain, repeat
 from pathlib import Path
@@ -25,6 +25,8 @@ import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ._kernels import kernels
+from .optimizers.base import INIT, parts_of, rebuilt
+from .optimizers.options import OPTIONS, warn_caller
 
 __all__ = ["load", "save"]
 
@@ -73,6 +75,7 @@ def save(
     path: str | os.PathLike[str],
     model: nn.Module | dict[str, Any],
     optimizer: stock.Optimizer,
+    trainable: bool = False,
 ) -> None:
     """Save a model's parameters and an optimizer's state and configuration.
 
@@ -101,6 +104,8 @@ def save(
             and arrays of any shapes and dtypes.
         optimizer (mlx.optimizers.Optimizer): An optimizer of this package, of
             ``mlx.optimizers`` or of your own.
+        trainable (bool, optional): Save the model's trainable parameters and their
+            state alone, such as adapters without the model below. Default: ``False``
 
     Raises:
         OSError: If the file cannot be written.
@@ -109,11 +114,18 @@ def save(
             have the same path.
     """
     parameters = _parameters(model)
-    named = _arrays(parameters)
     state = _state_arrays(optimizer)
-    problems: list[str] = []
-    _match_state(optimizer, parameters, state, problems)
-    _refuse("the optimizer's state does not fit the model", problems)
+    match = _Match()
+    match.state(optimizer, parameters, state)
+    _refuse(
+        "the optimizer's state does not fit the model; if that has changed, call "
+        f"{INIT} before",
+        match.problems,
+    )
+    if trainable:
+        parameters = _parameters(model, trainable)
+        state = _arrays(_Match().state(optimizer, parameters, state))
+    named = _arrays(parameters)
     arrays = {
         **{f"model.{name}": array for name, array in named.items()},
         **{f"optimizer.{name}": array for name, array in state.items()},
@@ -127,6 +139,7 @@ def load(
     model: nn.Module | dict[str, Any],
     optimizer: stock.Optimizer,
     strict: bool = True,
+    trainable: bool = False,
 ) -> None:
     """Load what :func:`save` saved into a model and an optimizer of the same kind.
 
@@ -138,6 +151,10 @@ def load(
     The state is restored into the dicts that the optimizer has, so that functions
     compiled with ``mx.compile`` go on working. A parameter without state in the file
     gets a new one at the next step.
+
+    A file without the options that the optimizer has loads too. The state is converted
+    to ``state_dtype`` if that is set, or with ``strict=False`` to what the optimizer
+    would make, and one warning says from what to what.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -163,13 +180,15 @@ def load(
             of this package and of ``mlx.optimizers`` load each other's files.
         strict (bool, optional): Refuse a file whose configuration is not the
             optimizer's. Otherwise the optimizer keeps its own. Default: ``True``
+        trainable (bool, optional): Load a file that was saved with the same argument:
+            the frozen parameters stay. Default: ``False``
 
     Raises:
         OSError: If the file cannot be read.
         TypeError: If an argument or a leaf of a tree is of the wrong type.
         ValueError: If the file is no checkpoint, is damaged, or does not fit.
     """
-    parameters = _parameters(model)
+    parameters = _parameters(model, trainable)
     here = _arrays(parameters)
     _state_arrays(optimizer)  # checks its type
     configuration, arrays = _read(path)
@@ -179,23 +198,38 @@ def load(
         found[root][rest] = array
 
     saved = found["model"]
-    problems = _differences("parameter", _kinds(saved), _kinds(here))
-    state = _match_state(optimizer, parameters, found["optimizer"], problems)
+    match = _Match(converts=not strict)
+    match.problems += _differences("parameter", _kinds(saved), _kinds(here))
+    state = match.state(optimizer, parameters, found["optimizer"])
     if strict:
-        wanted = _configuration(optimizer)
-        problems += _differences(
-            "configuration", _settings(configuration), _settings(wanted)
-        )
-    _refuse(f"{os.fspath(path)} does not fit", problems)
+        has, wants = _settings(configuration), _settings(_configuration(optimizer))
+        # Options may be added in mid-run.
+        added = {n for n in wants.keys() - has if n.rpartition(".")[2] in OPTIONS}
+        wants = {name: want for name, want in wants.items() if name not in added}
+        match.problems += _differences("configuration", has, wants)
+    title = f"{os.fspath(path)} does not fit"
+    if saved.keys() < here.keys() and isinstance(model, nn.Module):
+        title += "; a file saved with trainable=True is loaded with the same"
+    _refuse(title, match.problems)
     _commit(
         model, tree_map_with_path(lambda p, _: saved[p], parameters), optimizer, state
     )
+    if match.converted:
+        warn_caller(
+            f"{os.fspath(path)}: the state was converted: "
+            + ", ".join(f"{n} arrays from {k}" for k, n in match.converted.items())
+        )
 
 
-def _parameters(model: Any) -> Any:
+def _parameters(model: Any, trainable: bool = False) -> Any:
     """The tree of parameters, in containers of its own."""
     if isinstance(model, nn.Module):
-        return model.parameters()
+        return model.trainable_parameters() if trainable else model.parameters()
+    if trainable:
+        raise TypeError(
+            f"model is of type {type(model).__name__}; with trainable=True expected an "
+            "mlx.nn.Module"
+        )
     if isinstance(model, dict):
         return tree_map(lambda leaf: leaf, model)
     raise TypeError(
@@ -251,8 +285,12 @@ def _differences(
     ]
 
 
+def _dtype_name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
 def _kind(array: mx.array) -> str:
-    return f"{str(array.dtype).rpartition('.')[2]} {array.shape}"
+    return f"{_dtype_name(array.dtype)} {array.shape}"
 
 
 def _kinds(arrays: Arrays) -> dict[str, str]:
@@ -291,90 +329,120 @@ def _settings(configuration: Any) -> dict[str, str]:
     }
 
 
-def _match_state(
-    optimizer: stock.Optimizer, parameters: Any, saved: Arrays, problems: list[str]
-) -> dict[str, Any]:
-    """The state tree made of these arrays; what does not fit goes to the problems."""
-    saved = dict(saved)
-    state: dict[str, Any] = {}
-    own = {k: v for k, v in optimizer.state.items() if not _is_node(v)}
-    for name, value in _arrays(own, mx.array).items():
-        if name not in saved and name in OPTION_ENTRIES:
-            state[name] = value  # the file is without the option
-            continue
-        found = {name: saved.pop(name)} if name in saved else {}
-        counts = mx.issubdtype(value.dtype, mx.integer) and name != "learning_rate"
-        # The learning rate and other scheduled values may have been set to any dtype.
-        kinds = _kinds if counts else _shapes
-        problems += _differences("state", kinds(found), kinds({name: value}))
-        state |= found
-    for name in OPTION_ENTRIES:
-        saved.pop(name, None)
+class _Match:
+    """A state tree made of saved arrays.
 
-    if isinstance(optimizer, stock.MultiOptimizer):
-        state["states"] = []
-        for i, part in enumerate(optimizer.optimizers):
-            start = f"states.{i}."
-            names = [name for name in saved if name.startswith(start)]
-            chosen = {name.removeprefix(start): saved.pop(name) for name in names}
-            mine: list[str] = []
-            state["states"].append(_match_state(part, parameters, chosen, mine))
-            problems += [p.replace("state '", f"state '{start}", 1) for p in mine]
-    else:
-        state |= _match_parameters(optimizer, parameters, saved, problems)
-    problems += _differences("state", _kinds(saved), {})
-    return state
-
-
-def _match_parameters(
-    optimizer: stock.Optimizer, parameters: Any, saved: Arrays, problems: list[str]
-) -> Any:
-    """The parameters' states, in the form that ``init`` gives them.
-
-    Takes out of ``saved`` what is a parameter's.
+    What does not fit goes to ``problems``, and what was converted to ``converted``: how
+    many arrays from one dtype to another.
     """
-    below: dict[str, list[str]] = defaultdict(list)  # names by each start of theirs
-    for name in saved:
-        for dot in re.finditer(r"\.", name):
-            below[name[: dot.start()]].append(name)
 
-    def states(node: Any, current: Any, path: str) -> Any:
-        start = f"{path}." if path else ""
-        if isinstance(node, dict):
-            now: Any = current if isinstance(current, dict) else {}
-            return {
-                key: states(child, now.get(key), f"{start}{key}")
-                for key, child in node.items()
-                if f"{start}{key}" in below
-            }
-        if isinstance(node, (list, tuple)):
-            now = current if isinstance(current, (list, tuple)) else ()
-            pairs = zip(node, chain(now, repeat(None)), strict=False)
-            values = [states(*pair, f"{start}{i}") for i, pair in enumerate(pairs)]
-            # Upstream's init wants no longer a list than that of the gradients, which
-            # MultiOptimizer ends with the last of a part.
-            while isinstance(node, list) and values and not values[-1]:
-                values.pop()
-            return _like(node, values)
-        found = {n.removeprefix(start): saved.pop(n) for n in below.get(path, ())}
-        return single(node, current, start, found) if found else {}
+    def __init__(self, converts: bool = False) -> None:
+        self.converts = converts
+        self.problems: list[str] = []
+        self.converted: Counter[str] = Counter()
 
-    def single(parameter: Any, current: Any, start: str, found: Arrays) -> Any:
-        expected: dict[str, Any] = {}
-        optimizer.init_single(parameter, expected)
-        # Something else is right only if the optimizer has the same now, as when its
-        # state was cast by hand.
-        for like in (expected, current):
-            if _is_node(like) and _kinds(_arrays(like, mx.array)) == _kinds(found):
-                return tree_map_with_path(lambda path, _: found[path], like)
-        pair = (
-            {f"{start}{name}": kind for name, kind in _kinds(arrays).items()}
-            for arrays in (found, _arrays(expected))
-        )
-        problems.extend(_differences("state", *pair))
-        return {}
+    def state(
+        self,
+        optimizer: stock.Optimizer,
+        parameters: Any,
+        saved: Arrays,
+        start: str = "",
+    ) -> dict[str, Any]:
+        """The state of an optimizer; ``start`` is where it lies in the outermost."""
+        saved = dict(saved)
+        state: dict[str, Any] = {}
+        own = {k: v for k, v in optimizer.state.items() if not _is_node(v)}
+        for name, value in _arrays(own, mx.array).items():
+            if name not in saved and name in OPTION_ENTRIES:
+                state[name] = value  # the file is without the option
+                continue
+            found = {name: saved.pop(name)} if name in saved else {}
+            counts = mx.issubdtype(value.dtype, mx.integer) and name != "learning_rate"
+            # The learning rate and other scheduled values may have any dtype.
+            kinds = _kinds if counts else _shapes
+            self.differ(start, kinds(found), kinds({name: value}))
+            state |= found
+        for name in OPTION_ENTRIES:
+            saved.pop(name, None)
 
-    return states(parameters, optimizer.state, "")
+        if isinstance(optimizer, stock.MultiOptimizer):
+            state["states"] = []
+            for i, part in enumerate(optimizer.optimizers):
+                inner = f"states.{i}."
+                names = [name for name in saved if name.startswith(inner)]
+                chosen = {name.removeprefix(inner): saved.pop(name) for name in names}
+                state["states"].append(
+                    self.state(part, parameters, chosen, start + inner)
+                )
+        else:
+            state |= self.parameters(optimizer, parameters, saved, start)
+        self.differ(start, _kinds(saved), {})
+        return state
+
+    def differ(
+        self, start: str, found: dict[str, str], expected: dict[str, str]
+    ) -> None:
+        pair = ({start + k: kind for k, kind in x.items()} for x in (found, expected))
+        self.problems += _differences("state", *pair)
+
+    def parameters(
+        self, optimizer: stock.Optimizer, parameters: Any, saved: Arrays, root: str
+    ) -> Any:
+        """The parameters' states, in the form that ``init`` gives them.
+
+        Takes out of ``saved`` what is a parameter's.
+        """
+        below: dict[str, list[str]] = defaultdict(list)  # names by each start of theirs
+        for name in saved:
+            for dot in re.finditer(r"\.", name):
+                below[name[: dot.start()]].append(name)
+
+        converts = self.converts or getattr(optimizer, "state_dtype", None) is not None
+
+        def found_in(like: Any, found: Arrays) -> Any:
+            return tree_map_with_path(lambda path, _: found[path], like)
+
+        def states(node: Any, current: Any, path: str) -> Any:
+            start = f"{path}." if path else ""
+            if isinstance(node, dict):
+                now: Any = current if isinstance(current, dict) else {}
+                return {
+                    key: states(child, now.get(key), f"{start}{key}")
+                    for key, child in node.items()
+                    if f"{start}{key}" in below
+                }
+            if isinstance(node, (list, tuple)):
+                now = current if isinstance(current, (list, tuple)) else ()
+                pairs = zip(node, chain(now, repeat(None)), strict=False)
+                values = [states(*pair, f"{start}{i}") for i, pair in enumerate(pairs)]
+                # Upstream's init wants no longer a list than that of the gradients,
+                # which MultiOptimizer ends with the last of a part.
+                while isinstance(node, list) and values and not values[-1]:
+                    values.pop()
+                return rebuilt(node, values)
+            found = {n.removeprefix(start): saved.pop(n) for n in below.get(path, ())}
+            return single(node, current, start, found) if found else {}
+
+        def single(parameter: Any, current: Any, start: str, found: Arrays) -> Any:
+            expected: dict[str, Any] = {}
+            optimizer.init_single(parameter, expected)
+            # Something else is right only if the optimizer has the same now, as when
+            # its state was cast by hand.
+            for like in (expected, current):
+                if _is_node(like) and _kinds(_arrays(like, mx.array)) == _kinds(found):
+                    return found_in(like, found)
+            wanted = _arrays(expected)
+            if converts and _shapes(found) == _shapes(wanted):
+                for name, array in found.items():
+                    if array.dtype != wanted[name].dtype:
+                        pair = array.dtype, wanted[name].dtype
+                        self.converted[" to ".join(map(_dtype_name, pair))] += 1
+                        found[name] = array.astype(wanted[name].dtype)
+                return found_in(expected, found)
+            self.differ(root + start, _kinds(found), _kinds(wanted))
+            return {}
+
+        return states(parameters, optimizer.state, "")
 
 
 def _shapes(arrays: Arrays) -> dict[str, str]:
@@ -383,12 +451,6 @@ def _shapes(arrays: Arrays) -> dict[str, str]:
 
 def _is_node(value: Any) -> bool:
     return isinstance(value, (dict, list, tuple))
-
-
-def _like(node: Any, values: Iterable[Any]) -> Any:
-    """A list or tuple of the node's type."""
-    kind = type(node)
-    return kind(*values) if hasattr(node, "_fields") else kind(values)
 
 
 # Changing model and optimizer
@@ -400,7 +462,7 @@ def _commit(
     """All or, if an interrupt comes, nothing."""
     parameters_before = _parameters(model)
     state_before = kernels.Snapshot(optimizer.state)
-    flags_before = [(o, o._initialized) for o in _parts(optimizer)]
+    flags_before = [(o, o._initialized) for o in parts_of(optimizer)]
     try:
         _assign(model, parameters)
         _merge(optimizer.state, state)
@@ -412,11 +474,6 @@ def _commit(
         for part, flag in flags_before:
             part._initialized = flag
         raise
-
-
-def _parts(optimizer: stock.Optimizer) -> list[stock.Optimizer]:
-    inner = getattr(optimizer, "optimizers", ())
-    return [optimizer, *chain.from_iterable(map(_parts, inner))]
 
 
 def _assign(model: Any, parameters: Any) -> None:
@@ -443,7 +500,7 @@ def _merge(old: Any, new: Any) -> Any:
         if isinstance(old, list):
             old[:] = values
             return old
-        return _like(new, values)
+        return rebuilt(new, values)
     return new
 
 

@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.optimizers as stock
 
 from ._kernels import kernels
-from .optimizers.base import FUSED_DTYPES, measure
+from .optimizers.base import measure
+from .optimizers.options import FUSED_DTYPES, check_limit
 
 
 def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.array]:
@@ -26,7 +27,7 @@ def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.arra
 
     Args:
         grads (dict): A Python tree of gradients of any shapes. float32, float16 and
-            bfloat16 are fused; trees with other dtypes take the path of
+            bfloat16 are fused; trees with integers take the path of
             ``mlx.optimizers``.
         max_norm (float): The largest norm :math:`c` that passes unscaled.
 
@@ -36,17 +37,17 @@ def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.arra
         or bfloat16 if all gradients are.
 
     Raises:
-        ValueError: If ``max_norm`` is negative.
+        TypeError: If ``max_norm`` is no number, or a leaf of ``grads`` no array.
+        ValueError: If ``max_norm`` is negative, not a number or no scalar.
     """
-    if max_norm < 0:
-        raise ValueError(f"max_norm should be >=0, {max_norm} was provided instead")
+    check_limit("max_norm", max_norm)
+    if not isinstance(grads, (dict, list, tuple, mx.array)):
+        raise TypeError(
+            f"grads is of type {type(grads).__name__}; expected a tree of arrays"
+        )
     leaves = kernels.Leaves(grads)
     dtypes = leaves.dtypes()
-    if (
-        getattr(max_norm, "ndim", 0) > 0
-        or not dtypes
-        or any(dtype not in FUSED_DTYPES for dtype in dtypes)
-    ):
+    if not dtypes or any(x not in (*FUSED_DTYPES, mx.complex64) for x in dtypes):
         clipped, norm = stock.clip_grad_norm(grads, max_norm)
         return clipped, norm
     norm, factor = measure(leaves.gradients, max_norm)

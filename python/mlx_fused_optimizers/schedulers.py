@@ -1,18 +1,15 @@
 """Schedules of the learning rate: mlx.optimizers' five, and four more.
 
-A schedule is a function of the step, a scalar array, and gives a scalar array.
+A schedule is a function of the step, a number or an array, and gives an array of the
+step's shape. It can be copied and pickled, and so can an optimizer that has one.
 """
 
 from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, ParamSpec
 
 import mlx.core as mx
-from mlx.optimizers import (
-    cosine_decay,
-    exponential_decay,
-    join_schedules,
-    linear_schedule,
-    step_decay,
-)
+import mlx.optimizers as stock
 
 __all__ = [
     "constant",
@@ -26,7 +23,44 @@ __all__ = [
     "warmup_stable_decay",
 ]
 
-Schedule = Callable[[mx.array], mx.array]
+Schedule = Callable[[Any], mx.array]
+P = ParamSpec("P")
+
+
+class _Schedule:
+    """A schedule, and how it was made, which is what a copy is made from."""
+
+    def __init__(self, schedule: Callable[[Any], Any], again: Callable[[], Schedule]):
+        self._schedule = schedule
+        self._again = again
+
+    def __call__(self, step: Any) -> Any:
+        if not isinstance(step, (int, float)) and not hasattr(step, "__array__"):
+            raise TypeError(
+                f"step is of type {type(step).__name__}; expected a number or an array"
+            )
+        return self._schedule(step if isinstance(step, mx.array) else mx.array(step))
+
+    def __reduce__(self) -> Any:
+        return self._again, ()
+
+
+def _copyable(make: Callable[P, Callable[[Any], Any]]) -> Callable[P, Schedule]:
+    """A function of this module that makes schedules that can be copied."""
+
+    @wraps(make)
+    def made(*arguments: P.args, **named: P.kwargs) -> Schedule:
+        return _Schedule(make(*arguments, **named), partial(made, *arguments, **named))
+
+    made.__module__ = __name__  # where pickle finds it
+    return made
+
+
+cosine_decay = _copyable(stock.cosine_decay)
+exponential_decay = _copyable(stock.exponential_decay)
+join_schedules = _copyable(stock.join_schedules)
+linear_schedule = _copyable(stock.linear_schedule)
+step_decay = _copyable(stock.step_decay)
 
 
 def _check_steps(name: str, steps: int, least: int = 1) -> None:
@@ -34,6 +68,7 @@ def _check_steps(name: str, steps: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, but got {steps}.")
 
 
+@_copyable
 def constant(value: float) -> Schedule:
     r"""Make a schedule that does not change: :math:`\lambda_t = \lambda`.
 
@@ -58,6 +93,7 @@ def constant(value: float) -> Schedule:
     return schedule
 
 
+@_copyable
 def inverse_sqrt(init: float, warmup_steps: int) -> Schedule:
     r"""Make a schedule with linear warm-up, then decay with the step's square root.
 
@@ -92,6 +128,7 @@ def inverse_sqrt(init: float, warmup_steps: int) -> Schedule:
     return schedule
 
 
+@_copyable
 def polynomial_decay(
     init: float, end: float, decay_steps: int, power: float = 1.0
 ) -> Schedule:
@@ -132,6 +169,7 @@ def polynomial_decay(
     return schedule
 
 
+@_copyable
 def warmup_stable_decay(
     peak: float,
     warmup_steps: int,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -12,7 +14,15 @@ import mlx.optimizers as stock
 from mlx.utils import tree_flatten
 
 from .._kernels import kernels
-from .options import StepOptions, WeightDecayFilter, documented
+from .options import (
+    FUSED_DTYPES,
+    OPTIONS,
+    StepOptions,
+    WeightDecayFilter,
+    documented,
+    warn_caller,
+    warn_of_arguments,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -20,7 +30,7 @@ if TYPE_CHECKING:
     from .._ext import Leaves
     from .options import DecayOptions
 
-FUSED_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+INIT = "optimizer.init(model.trainable_parameters())"
 
 LearningRate = float | Callable[[mx.array], mx.array]
 
@@ -39,6 +49,18 @@ def paths(tree: Any) -> list[str]:
     return [path for path, _ in flat]
 
 
+def rebuilt(node: Any, values: list[Any]) -> Any:
+    """A list or tuple of the node's type."""
+    kind = type(node)
+    return kind(*values) if hasattr(node, "_fields") else kind(values)
+
+
+def parts_of(optimizer: stock.Optimizer) -> list[stock.Optimizer]:
+    """An optimizer, and those that a MultiOptimizer has, at any depth."""
+    inner = getattr(optimizer, "optimizers", ())
+    return [optimizer, *chain.from_iterable(map(parts_of, inner))]
+
+
 def as_array(value: Any) -> Any:
     """An array of what upstream takes in its place: a number, or NumPy's arrays."""
     is_convertible = isinstance(value, (int, float)) or hasattr(value, "__array__")
@@ -46,13 +68,27 @@ def as_array(value: Any) -> Any:
     return mx.array(value) if is_convertible and not is_array else value
 
 
+def check_tree(argument: str, tree: Any) -> None:
+    """Refuse what is no dict: a state has entries of its own beside parameters'."""
+    if not isinstance(tree, dict):
+        raise TypeError(f"{argument} is of type {type(tree).__name__}; expected a dict")
+
+
+def check_given(argument: str, tree: Any) -> None:
+    if tree is None:
+        raise TypeError(f"{argument} is None; expected an mlx.nn.Module or a dict")
+
+
 def measure(
     gradients: list[mx.array], max_norm: float | mx.array
 ) -> tuple[mx.array, mx.array]:
-    """The global norm of arrays of any dtypes, and the factor that clips it."""
+    """The global norm of arrays of any dtypes, and the factor that clips it.
+
+    That of complex numbers is the norm of their magnitudes.
+    """
     if any(g.dtype not in FUSED_DTYPES for g in gradients):
         gradients = [mx.abs(g).astype(mx.float32) for g in gradients]
-    limit = mx.array(max_norm, mx.float32)
+    limit = mx.array(max_norm, mx.float32).reshape(())
     _, norm, factor = kernels.sums_of_squares(gradients, limit)
     return norm, factor
 
@@ -65,15 +101,20 @@ class Optimizer(stock.Optimizer):
     new parameter and changes that dict.
 
     When a step raises, the state tree, the scheduled values and the step count are
-    what they were before it.
+    what they were before it. This does not hold for what ``mx.compile`` does: when a
+    function that it compiles raises while it is traced, the arrays that it captured
+    stay placeholders. The next step says so; restore model and state then, for example
+    with :func:`load`.
 
     Args:
         schedulers (dict, optional): Callables that take the step and give the value
             of the state entry of their name.
         {options}
 
+    The options are attributes too, and may be set between steps.
+
     Raises:
-        ValueError: If ``max_grad_norm`` is negative.
+        TypeError, ValueError: If an option is of the wrong type or out of range.
     """
 
     max_grad_norm: float | None = None
@@ -91,26 +132,108 @@ class Optimizer(stock.Optimizer):
         super().__init_subclass__(**arguments)
         documented(cls)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in OPTIONS:
+            super().__setattr__(name, value)
+            return
+        OPTIONS[name].check(self, value)
+        before = self._option_state()
+        super().__setattr__(name, value)
+        for entry in before.keys() - self._option_state():
+            self.state.pop(entry, None)
+
     def _set_step_options(
         self, max_grad_norm: float | None = None, skip_nonfinite: bool = False
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm >= 0:
-            raise ValueError(
-                f"max_grad_norm should be >=0, {max_grad_norm} was provided instead"
-            )
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self._add_option_state()
+        self._set_option_state()
 
-    def _add_option_state(self) -> None:
-        # Only then, so that checkpoints stay those of mlx.optimizers by default.
-        if self._needs_norm():
-            self.state.setdefault("grad_norm", mx.array(0.0))
-        if self.skip_nonfinite:
-            self.state.setdefault("skipped_steps", mx.array(0, mx.uint64))
+    def _set_option_state(self) -> None:
+        """Give the state the entries of the options that are on.
+
+        Only then, so that a checkpoint is that of mlx.optimizers by default.
+        """
+        state = self.state
+        for name, dtype in self._option_state().items():
+            if name not in state:
+                state[name] = mx.array(0, dtype)
+            elif isinstance(state[name], (dict, list, tuple)):
+                raise self._is_taken(name)
+
+    def _option_state(self) -> dict[str, mx.Dtype]:
+        """The entries of the state that the options need."""
+        norm = {"grad_norm": mx.float32} if self._needs_norm() else {}
+        return {**norm, "skipped_steps": mx.uint64} if self.skip_nonfinite else norm
+
+    def _is_taken(self, name: str) -> ValueError:
+        return ValueError(
+            f"[{type(self).__name__}] the parameter '{name}' has the name of an entry "
+            "of the optimizer's state; rename it"
+        )
 
     def _needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
+    def state(self) -> Any:
+        """The state: a dict of the optimizer's own entries and the parameters' states.
+
+        A function that ``mx.compile`` has compiled with the state among its inputs
+        holds this very dict. When another is assigned it goes on with the old one; to
+        change what it sees, change the dict, as in ``optimizer.state.update(...)`` or
+        with :func:`load`.
+        """
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._initialized = False
+        self._state = state
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate, an array: the last step's if there is a schedule."""
+        if "learning_rate" not in self.state:
+            reason = ": relative_step is on" if hasattr(self, "relative_step") else ""
+            raise AttributeError(f"{type(self).__name__} has no learning_rate{reason}")
+        return self.state["learning_rate"]
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        if "learning_rate" in self._schedulers:
+            warn_caller("learning_rate is set without effect: there is a schedule")
+        elif getattr(self, "relative_step", False):
+            warn_caller("learning_rate is set without effect: relative_step is on")
+        self.state["learning_rate"] = self._number("learning_rate", learning_rate)
+
+    def _maybe_schedule(self, name: str, parameter: Any) -> None:
+        if callable(parameter):
+            self._schedulers[name] = parameter
+            self.state[name] = self._scheduled(name, parameter(self.step))
+        else:
+            self.state[name] = self._number(name, parameter)
+
+    def _number(self, name: str, value: Any) -> mx.array:
+        """An array of its own; one element is a scalar."""
+        is_number = isinstance(value, (int, float, list, tuple, mx.array))
+        if not is_number and not hasattr(value, "__array__"):
+            raise TypeError(
+                f"[{type(self).__name__}] {name} is of type {type(value).__name__}; "
+                "expected a scalar"
+            )
+        array = mx.array(value)
+        return array.reshape(()) if array.size == 1 else array
+
+    def _scheduled(self, name: str, value: Any) -> mx.array:
+        array = self._number(name, value)
+        if array.ndim > 0:
+            raise ValueError(
+                f"[{type(self).__name__}] the schedule of {name} gave an array of "
+                f"shape {array.shape}; expected a scalar"
+            )
+        # NumPy's numbers and Python's; an mx.array keeps its dtype, as upstream.
+        return array if isinstance(value, mx.array) else array.astype(mx.float32)
 
     @property
     def grad_norm(self) -> mx.array | None:
@@ -133,11 +256,73 @@ class Optimizer(stock.Optimizer):
         Optional: the first step does it. It is useful for access to :attr:`state`
         before that, and needed before ``mx.compile`` captures the state.
 
+        Needed again when the model has changed: what is new, or has another shape,
+        gets a fresh state, and what is gone loses its. The first call after
+        :attr:`state` was assigned or loaded only adds what is missing. Entries that are
+        no parameter's, such as the step count, stay.
+
         Args:
             parameters (dict): A Python tree of parameters.
+
+        Raises:
+            TypeError: If ``parameters`` is no dict or a leaf is no array.
+            ValueError: If a parameter has the name of an entry of the state.
         """
-        super().init(parameters)
-        self._add_option_state()
+        check_tree("parameters", parameters)
+        kernels.Leaves(parameters, what="value")  # names what is no array
+        self._set_option_state()
+        state = self.state
+        for name in parameters:
+            if name in state and not isinstance(state[name], (dict, list, tuple)):
+                raise self._is_taken(name)
+        if self._initialized:
+            for name, value in [*state.items()]:
+                if name not in parameters and isinstance(value, (dict, list, tuple)):
+                    del state[name]
+        for name, parameter in parameters.items():
+            state[name] = self._state_of(parameter, state.get(name))
+        self._initialized = True
+
+    def _state_of(self, node: Any, state: Any) -> Any:
+        """The state of a node of the parameters, made of what it was."""
+        if isinstance(node, dict):
+            state = state if isinstance(state, dict) else {}
+            if self._initialized:
+                for name in state.keys() - node.keys():
+                    del state[name]
+            for name, child in node.items():
+                state[name] = self._state_of(child, state.get(name))
+            return state
+        if isinstance(node, (list, tuple)):
+            was = state if isinstance(state, (list, tuple)) else ()
+            states = [
+                self._state_of(child, was[i] if i < len(was) else None)
+                for i, child in enumerate(node)
+            ]
+            if not self._initialized:
+                states.extend(was[len(states) :])
+            if isinstance(state, list):
+                state[:] = states
+                return state
+            return rebuilt(node, states)
+        state = state if isinstance(state, dict) else {}
+        if self._initialized and state:
+            shapes = self._shapes(node)
+            if any(getattr(state.get(k), "shape", 0) != x for k, x in shapes.items()):
+                state.clear()
+        if not state:
+            self.init_single(node, state)
+        return state
+
+    def _shapes(self, parameter: mx.array) -> dict[str, Any]:
+        """The shapes that the entries of a parameter's state must have.
+
+        Only those of the parameter's shape: others may be a user's, and change.
+        """
+        state: dict[str, Any] = {}
+        self.init_single(parameter, state)
+        shapes = {key: getattr(x, "shape", None) for key, x in state.items()}
+        return {key: x for key, x in shapes.items() if x == parameter.shape}
 
     def update(self, model: Any, gradients: Any) -> None:
         """Apply the gradients to the parameters of the model and update the model.
@@ -148,15 +333,19 @@ class Optimizer(stock.Optimizer):
                 ``mlx.nn.value_and_grad``.
 
         Raises:
-            KeyError, IndexError: If a gradient has no parameter or no state.
-            TypeError: If a gradient or parameter is no array.
+            KeyError: If a gradient has no parameter or no state.
+            TypeError: If ``gradients`` is no dict, or a gradient or parameter no array.
             ValueError: If shapes do not fit, or a schedule gives no scalar.
+            RuntimeError: If a function that ``mx.compile`` compiled has raised, and
+                left its placeholders in model and state; restore them then.
         """
+        check_given("model", model)
+        check_tree("gradients", gradients)
         apply_gradients = getattr(self.apply_gradients, "__func__", None)
         if apply_gradients is not Optimizer.apply_gradients:  # a user's own
             model.update(self.apply_gradients(gradients, model))
             return
-        with self._restored_on_error(model):
+        with self._restored_on_error(model, gradients):
             model.update(self._step(gradients, model, None))
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
@@ -171,10 +360,13 @@ class Optimizer(stock.Optimizer):
             dict: The updated parameters, in a tree of the gradients' structure.
 
         Raises:
-            KeyError, IndexError: If a gradient has no parameter or no state.
-            TypeError: If a gradient or parameter is no array.
+            KeyError: If a gradient has no parameter or no state.
+            TypeError: If ``gradients`` is no dict, or a gradient or parameter no array.
             ValueError: If shapes do not fit, or a schedule gives no scalar.
+            RuntimeError: As in :meth:`update`.
         """
+        check_given("parameters", parameters)
+        check_tree("gradients", gradients)
         undo = self._remember()
         try:
             # Returned from here, so that no interrupt falls behind the guard.
@@ -184,9 +376,9 @@ class Optimizer(stock.Optimizer):
             raise
 
     @contextmanager
-    def _restored_on_error(self, model: Any) -> Iterator[None]:
+    def _restored_on_error(self, model: Any, gradients: Any) -> Iterator[None]:
         undo = self._remember()
-        before = kernels.Snapshot(model)
+        before = kernels.Snapshot(model, gradients)
         try:
             yield
         except BaseException:
@@ -196,19 +388,22 @@ class Optimizer(stock.Optimizer):
 
     def _remember(self) -> Callable[[], None]:
         """What undoes every change of the optimizer's state from now on."""
-        was_initialized = self._initialized
+        flags = [(part, part._initialized) for part in parts_of(self)]
         before = kernels.Snapshot(self.state)
 
         def undo() -> None:
             before.restore()
-            self._initialized = was_initialized
+            for part, flag in flags:
+                part._initialized = flag
 
         return undo
 
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
         """One step; clip is given where it was measured over more than these."""
         if not self._initialized:
+            kernels.Leaves(gradients)
             self.init(gradients)
+        self._set_option_state()
         leaves = kernels.Leaves(gradients, parameters, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = self._scheduled(name, schedule(self.step))
@@ -228,37 +423,15 @@ class Optimizer(stock.Optimizer):
         if clip.skip is not None:
             state["skipped_steps"] = state["skipped_steps"] + clip.skip
 
-    def _scheduled(self, name: str, value: Any) -> Any:
-        if isinstance(value, mx.array) and value.size != 1:
-            raise ValueError(
-                f"[{type(self).__name__}] the schedule of {name} gave an array of "
-                f"shape {value.shape}; expected a scalar"
-            )
-        # A Python number too: upstream takes only arrays.
-        return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
-
     def _measure(self, leaves: Leaves) -> Clip:
         if not self._needs_norm():
             return Clip()
-        if leaves.dtypes() is None:
-            raise self._bad_gradient(leaves)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm, factor = measure(leaves.gradients, limit)
         return Clip(
             norm,
             None if self.max_grad_norm is None else factor,
             ~mx.isfinite(norm) if self.skip_nonfinite else None,
-        )
-
-    def _bad_gradient(self, leaves: Leaves) -> TypeError:
-        path, gradient = next(
-            (path, gradient)
-            for path, gradient in zip(paths(leaves.tree), leaves.gradients, strict=True)
-            if not isinstance(gradient, mx.array)
-        )
-        return TypeError(
-            f"[{type(self).__name__}] the gradient of '{path}' is of type "
-            f"{type(gradient).__name__}; expected an mx.array"
         )
 
     def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
@@ -306,8 +479,6 @@ class FusedOptimizer(Optimizer):
     rule: ClassVar[str]
     state_dtype: mx.Dtype | None = None
     weight_decay_filter: WeightDecayFilter | None = None
-    # Whether the parameter decays for which a user's apply_single runs.
-    _decays: bool = True
 
     def __init__(
         self, learning_rate: LearningRate, **options: Unpack[DecayOptions]
@@ -322,19 +493,10 @@ class FusedOptimizer(Optimizer):
         weight_decay_filter: WeightDecayFilter | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
-        if state_dtype is not None and state_dtype not in FUSED_DTYPES:
-            raise ValueError(
-                f"state_dtype should be float32, float16 or bfloat16, {state_dtype} "
-                "was provided instead"
-            )
-        if weight_decay_filter is not None and not hasattr(self, "weight_decay"):
-            raise TypeError(
-                f"{type(self).__name__} takes no weight decay, and so no "
-                "weight_decay_filter"
-            )
         self.state_dtype = state_dtype
         self.weight_decay_filter = weight_decay_filter
         self._set_step_options(**options)
+        warn_of_arguments(self)
 
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         """Fill a parameter's state.
@@ -350,13 +512,27 @@ class FusedOptimizer(Optimizer):
                 state[key] = mx.zeros_like(parameter)
         else:
             inherited(parameter, state)
-        for key, value in state.items():
-            state[key] = self._cast(value)
+        self._cast_all(state)
 
-    def _cast(self, value: mx.array) -> mx.array:
-        if self.state_dtype is None or value.dtype == self.state_dtype:
+    def _shapes(self, parameter: mx.array) -> dict[str, Any]:
+        # What a subclass adds to this class's entries, or gives another shape, is its
+        # own.
+        own: dict[str, Any] = {}
+        given: dict[str, Any] = {}
+        FusedOptimizer.init_single(self, parameter, own)
+        self.init_single(parameter, given)
+        shapes = {key: x.shape for key, x in own.items() if key in given}
+        return {key: x for key, x in shapes.items() if given[key].shape == x}
+
+    def _cast(self, value: Any) -> Any:
+        is_moment = isinstance(value, mx.array) and value.dtype in FUSED_DTYPES
+        if self.state_dtype is None or not is_moment:
             return value
         return value.astype(self.state_dtype)
+
+    def _cast_all(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            state[key] = self._cast(value)
 
     def _rule(self) -> str:
         """The rule's name, which may depend on arguments."""
@@ -370,13 +546,13 @@ class FusedOptimizer(Optimizer):
     def _sets(self, leaves: Leaves) -> tuple[list[dict[str, Any]], list[int] | None]:
         """Sets of hyper-parameters, and which each leaf has; None if all the first."""
         usual = self._hyperparameters()
-        undecayed = {**usual, "weight_decay": 0.0}
         if self.weight_decay_filter is None or "weight_decay" not in usual:
             return [usual], None
         if isinstance(leaves.tree, mx.array):  # apply_single's only one
-            return [usual if self._decays else undecayed], None
+            return [usual], None
         named = zip(paths(leaves.tree), leaves.parameters, strict=True)
         decays = [bool(self.weight_decay_filter(*leaf)) for leaf in named]
+        undecayed = {**usual, "weight_decay": 0.0}
         return [usual, undecayed], [0 if x else 1 for x in decays]
 
     def apply_single(
@@ -399,24 +575,44 @@ class FusedOptimizer(Optimizer):
 
     def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
         apply_single = getattr(self.apply_single, "__func__", None)
-        if apply_single is not FusedOptimizer.apply_single:  # a user's own
-            return super()._apply_leaves(leaves, clip)
         try:
+            if apply_single is not FusedOptimizer.apply_single:  # a user's own
+                self._check_states(leaves)
+                return super()._apply_leaves(leaves, clip)
+            if type(self)._update_leaves is not FusedOptimizer._update_leaves:
+                self._check_states(leaves)
             self._update_leaves(leaves, clip)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             self._explain(error, leaves)
             raise
         return leaves.commit()
 
+    def _check_states(self, leaves: Leaves) -> None:
+        """Find states of another shape; where a kernel reads them, it does this."""
+        shapes_of = cache(lambda shape: self._shapes(mx.zeros(shape)))
+        for parameter, state in zip(leaves.parameters, leaves.states, strict=True):
+            for key, shape in shapes_of(parameter.shape).items():
+                if state[key].shape != shape:
+                    raise ValueError(f"the state {key} has shape {state[key].shape}")
+
     def _apply_one(
         self, path: str, gradient: Any, parameter: Any, state: Any, clip: Clip
     ) -> Any:
-        if self.weight_decay_filter is not None:
-            self._decays = bool(self.weight_decay_filter(path, parameter))
+        """As of all optimizers, for code that knows nothing of the options."""
+        self._cast_all(state)
+        usual = getattr(self, "weight_decay", None)
+        decays = self.weight_decay_filter
         try:
-            return super()._apply_one(path, gradient, parameter, state, clip)
+            if decays is not None and not decays(path, parameter):
+                self.weight_decay = 0.0
+            updated = super()._apply_one(path, gradient, parameter, state, clip)
         finally:
-            self._decays = True
+            if usual is not None:
+                self.weight_decay = usual
+        if self.state_dtype is None:
+            return updated
+        self._cast_all(state)
+        return updated.astype(parameter.dtype)
 
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
         """Compute what becomes of the leaves; nothing is changed yet."""
@@ -468,11 +664,11 @@ class FusedOptimizer(Optimizer):
             expected: dict[str, Any] = {}
             if isinstance(parameter, mx.array):
                 self.init_single(parameter, expected)
-            if not isinstance(state, dict) or not state.keys() >= expected.keys():
-                found = ", ".join(state) if isinstance(state, dict) else repr(state)
+            if not state.keys() >= expected.keys():
                 raise KeyError(
-                    f"[{name}] the state of '{path}' has {found or 'nothing'}; "
-                    f"expected {', '.join(expected)}. Is it another optimizer's?"
+                    f"[{name}] the state of '{path}' has {', '.join(state)}; expected "
+                    f"{', '.join(expected)}. Is it another optimizer's? Otherwise call "
+                    f"{INIT}"
                 ) from error
             arrays = {
                 "parameter": parameter,
@@ -480,16 +676,21 @@ class FusedOptimizer(Optimizer):
                 **{key: state[key] for key in expected},
             }
             for kind, array in arrays.items():
-                like = expected.get(kind, parameter)
                 if not isinstance(array, mx.array):
                     raise TypeError(
                         f"[{name}] the {kind} of '{path}' is of type "
                         f"{type(array).__name__}; expected an mx.array"
                     ) from error
-                try:
-                    mx.broadcast_shapes(array.shape, like.shape)
-                except ValueError:
+            for key, like in expected.items():
+                if state[key].shape != like.shape:
                     raise ValueError(
-                        f"[{name}] the {kind} of '{path}' has shape {array.shape}; "
-                        f"expected {like.shape}"
+                        f"[{name}] the {key} of '{path}' has shape {state[key].shape}; "
+                        f"expected {like.shape}. When a model has changed, call {INIT}"
                     ) from error
+            try:
+                mx.broadcast_shapes(gradient.shape, parameter.shape)
+            except ValueError:
+                raise ValueError(
+                    f"[{name}] the gradient of '{path}' has shape {gradient.shape}; "
+                    f"expected {parameter.shape}"
+                ) from error

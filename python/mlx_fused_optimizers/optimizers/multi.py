@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.optimizers as stock
-from mlx.utils import tree_map, tree_merge
+from mlx.utils import tree_map
 
 from .._kernels import kernels
-from .base import Clip, Optimizer
+from .base import Clip, Optimizer, check_tree, paths, rebuilt
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .._ext import Leaves
     from .options import StepOptions
+
+Filter = Callable[[str, mx.array], bool]
+
+
+def _takes_the_rest(path: str, array: mx.array) -> bool:
+    return True
 
 
 class MultiOptimizer(Optimizer, stock.MultiOptimizer):
@@ -24,24 +31,34 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
     A parameter goes to the first optimizer whose filter takes its path and the array;
     the last optimizer has no filter and takes the rest.
 
+    The options are those of all gradients together. The options of a part apply to its
+    own, after that: the gradients that it clips are those that the whole has scaled. A
+    step that the whole skips changes no part.
+
     Args:
         optimizers (list[Optimizer]): The optimizers.
         filters (list[Callable[[str, array], bool]]): One fewer than the optimizers.
         {options}
 
     Raises:
-        ValueError: If the number of filters does not fit, ``max_grad_norm`` is
-            negative, or ``skip_nonfinite`` is set with an optimizer that is not of
-            this package.
+        TypeError: If something is no optimizer or no filter.
+        ValueError: If there is no optimizer, the number of filters does not fit,
+            ``max_grad_norm`` is negative, or ``skip_nonfinite`` is set with an
+            optimizer that is not of this package.
     """
 
     def __init__(
         self,
         optimizers: Sequence[stock.Optimizer],
-        filters: Sequence[Callable[[str, mx.array], bool]] = (),
+        filters: Sequence[Filter] = (),
         **options: Unpack[StepOptions],
     ) -> None:
+        _check_list("optimizers", optimizers, lambda o: isinstance(o, stock.Optimizer))
+        _check_list("filters", filters, callable)
+        if not optimizers:
+            raise ValueError("optimizers is empty; expected at least one")
         stock.MultiOptimizer.__init__(self, optimizers, list(filters))
+        self.filters = [*filters, _takes_the_rest]  # upstream's cannot be pickled
         self._set_step_options(**options)
         foreign = [o for o in optimizers if not isinstance(o, Optimizer)]
         if self.skip_nonfinite and foreign:
@@ -66,49 +83,153 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         for optimizer, part in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = part
         self._state = {k: v for k, v in state.items() if k != "states"}
-        self._add_option_state()
+        self._set_option_state()
+
+    @property
+    def step(self) -> Any:
+        """The step count of the first optimizer."""
+        return self.optimizers[0].step
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the first optimizer; assigned to all."""
+        return self.optimizers[0].learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        for optimizer in self.optimizers:
+            optimizer.learning_rate = learning_rate
 
     def init(self, parameters: Any) -> None:
         """Initialize the state of each optimizer for its parameters.
 
+        Again when the model has changed, as :meth:`Optimizer.init`.
+
         Args:
             parameters (dict): A Python tree of parameters.
+
+        Raises:
+            TypeError: If ``parameters`` is no dict or a leaf is no array.
+            ValueError: If a parameter has the name of an entry of the state.
         """
-        parts = self._split_dictionary(parameters)
-        for optimizer, part in zip(self.optimizers, parts, strict=True):
-            optimizer.init(part)
-        self._add_option_state()
+        check_tree("parameters", parameters)
+        chosen = self._chosen(kernels.Leaves(parameters, what="value"))
+        # One that is there twice gets all of its parameters at once: init drops others.
+        first = [self.optimizers.index(optimizer) for optimizer in self.optimizers]
+        parts = self._split(parameters, [first[i] for i in chosen])
+        for i in sorted({*first}):
+            self.optimizers[i].init(parts[i])
+        self._set_option_state()
 
-    def _remember(self) -> Callable[[], None]:
-        undo_own = super()._remember()
-        initialized = [o._initialized for o in self.optimizers]
+    def _chosen(self, leaves: Leaves) -> list[int]:
+        """Which optimizer each leaf goes to."""
+        if len(self.optimizers) == 1:
+            return [0] * len(leaves)
+        return [
+            next(i for i, takes in enumerate(self.filters) if takes(*leaf))
+            for leaf in zip(paths(leaves.tree), leaves.gradients, strict=True)
+        ]
 
-        def undo() -> None:
-            undo_own()
-            for optimizer, was in zip(self.optimizers, initialized, strict=True):
-                optimizer._initialized = was
+    def _split(self, tree: Any, chosen: Iterable[int]) -> list[Any]:
+        """A tree for each optimizer, in containers of the tree's own kinds.
 
-        return undo
+        Gaps of lists and tuples are empty dicts, so that positions stay.
+        """
+        numbers = range(len(self.optimizers))
+        next_chosen = iter(chosen)
+
+        def split(node: Any) -> list[Any]:
+            if isinstance(node, dict):
+                children = {key: split(child) for key, child in node.items()}
+                return [
+                    {k: x[i] for k, x in children.items() if x[i] is not None} or None
+                    for i in numbers
+                ]
+            if isinstance(node, (list, tuple)):
+                items = [split(child) for child in node]
+                return [_part_of(node, [item[i] for item in items]) for i in numbers]
+            number = next(next_chosen)
+            return [node if i == number else None for i in numbers]
+
+        return [part or {} for part in split(tree)]
+
+    def _split_dictionary(self, gradients: Any) -> list[Any]:
+        return self._split(gradients, self._chosen(kernels.Leaves(gradients)))
 
     def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
+        leaves = kernels.Leaves(gradients)
         is_outermost = clip is None
         if clip is None:
-            clip = self._measure(kernels.Leaves(gradients))
-        tree: Any = {}
-        parts = self._split_dictionary(gradients)
+            self._set_option_state()
+            clip = self._measure(leaves)
+        chosen = self._chosen(leaves)
+        parts = self._split(gradients, chosen)
+        results = []
         for optimizer, part in zip(self.optimizers, parts, strict=True):
-            tree = tree_merge(tree, self._part(optimizer, part, parameters, clip))
+            updated = self._part(optimizer, part, parameters, clip)
+            # In the gradients' order, whatever order a user's class returns.
+            results.append(iter(kernels.Leaves(part, updated).parameters))
         if is_outermost:
             self._record(clip)
-        return tree
+        return leaves.replace([next(results[i]) for i in chosen])
 
     def _part(
         self, optimizer: stock.Optimizer, gradients: Any, parameters: Any, clip: Clip
     ) -> Any:
+        """A part's step, of gradients that the whole scales and may skip."""
         if clip.norm is None:
             return optimizer.apply_gradients(gradients, parameters)
-        if isinstance(optimizer, Optimizer):
+        own = getattr(optimizer.apply_gradients, "__func__", None)
+        if (
+            isinstance(optimizer, Optimizer)
+            and own is Optimizer.apply_gradients
+            and not optimizer._needs_norm()
+        ):
             return optimizer._step(gradients, parameters, clip)
         if clip.scale is not None:
             gradients = tree_map(lambda g: (g * clip.scale).astype(g.dtype), gradients)
-        return optimizer.apply_gradients(gradients, parameters)
+        if clip.skip is None:
+            return optimizer.apply_gradients(gradients, parameters)
+        if not optimizer._initialized:
+            optimizer.init(gradients)
+        before = tree_map(lambda x: x, optimizer.state)  # in containers of its own
+        updated = optimizer.apply_gradients(gradients, parameters)
+        _keep_where(clip.skip, before, optimizer.state)
+        leaves = kernels.Leaves(updated, parameters)
+        pairs = zip(leaves.parameters, leaves.gradients, strict=True)
+        return leaves.replace([mx.where(clip.skip, *pair) for pair in pairs])
+
+
+def _check_list(name: str, values: Any, is_one: Callable[[Any], bool]) -> None:
+    is_list = isinstance(values, Sequence)
+    wrong = [x for x in values if not is_one(x)] if is_list else [values]
+    if wrong:
+        raise TypeError(
+            f"{name}: found {type(wrong[0]).__name__}; expected a list of {name}"
+        )
+
+
+def _part_of(node: Any, values: list[Any]) -> Any:
+    """The node with these values, or None if there are none."""
+    if isinstance(node, list):  # upstream's init wants none longer than the gradients'
+        while values and values[-1] is None:
+            values.pop()
+    if all(value is None for value in values):
+        return None
+    return rebuilt(node, [{} if value is None else value for value in values])
+
+
+def _keep_where(skip: mx.array, before: Any, after: Any) -> Any:
+    """In the containers of ``after``, what was there before where ``skip`` is true."""
+    if isinstance(after, dict):
+        for key in after.keys() & before.keys():
+            after[key] = _keep_where(skip, before[key], after[key])
+    elif isinstance(after, (list, tuple)):
+        pairs = zip(before, after, strict=False)
+        kept = [_keep_where(skip, *pair) for pair in pairs] + [*after[len(before) :]]
+        if isinstance(after, tuple):
+            return rebuilt(after, kept)
+        after[:] = kept
+    elif after is not before:
+        return mx.where(skip, before, after)
+    return after
