@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -74,7 +73,9 @@ def _warn_once() -> None:
     if os.environ.get(REQUIRE, "0") not in ("", "0"):
         raise RuntimeError(f"{message} ({REQUIRE} is set.)")
     _Kernels.has_warned = True
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    from .optimizers.options import warn_caller  # which imports this module
+
+    warn_caller(message, RuntimeWarning)
 
 
 @contextmanager

@@ -65,17 +65,36 @@ class Leaves:
     """The leaves of a step's trees, collected in one walk."""
 
     def __init__(
-        self, gradients: Any, parameters: Any = None, state: Any = None
+        self,
+        gradients: Any,
+        parameters: Any = None,
+        state: Any = None,
+        what: str = "gradient",
     ) -> None:
         self.tree = gradients
         self._gradients: list[Any] = []
         self._parameters: list[Any] = []
         self._states: list[Any] = []
         self._changes: list[tuple[int, str, Any]] = []
-        self._collect(gradients, parameters, state)
+        self._collect(gradients, parameters, state, f"the {what}", "")
 
-    def _collect(self, gradients: Any, parameters: Any, state: Any) -> None:
+    def _collect(
+        self, gradients: Any, parameters: Any, state: Any, what: str, path: str
+    ) -> None:
         if not isinstance(gradients, (dict, list, tuple)):
+            leaf = f"{what} of '{path}'" if path else what
+            if not isinstance(gradients, mx.array):
+                raise TypeError(
+                    f"{leaf} is of type {type(gradients).__name__}; expected an "
+                    "mx.array"
+                )
+            if parameters is _NOTHING:
+                raise KeyError(f"{leaf} has no parameter")
+            if state is not None and not isinstance(state, dict):
+                raise KeyError(
+                    f"{leaf} has no state. When a model has changed, call "
+                    "optimizer.init(model.trainable_parameters())"
+                )
             self._gradients.append(gradients)
             self._parameters.append(parameters)
             self._states.append(state)
@@ -84,7 +103,9 @@ class Leaves:
             gradients.items() if isinstance(gradients, dict) else enumerate(gradients)
         )
         for key, gradient in pairs:
-            self._collect(gradient, _child(parameters, key), _child(state, key))
+            inner = f"{path}.{key}" if path else str(key)
+            pair = _child(parameters, key), _child(state, key)
+            self._collect(gradient, *pair, what, inner)
 
     def __len__(self) -> int:
         return len(self._gradients)
@@ -171,8 +192,11 @@ class Leaves:
         for key in rule.state_names:
             state = self._states[i]
             value = state.get(key) if isinstance(state, dict) else None
-            if state_dtype is not None and isinstance(value, mx.array):
-                value = value.astype(state_dtype)
+            if isinstance(value, mx.array):
+                _check_state(key, value, self._parameters[i])
+                # There is no half a complex number.
+                if state_dtype is not None and value.dtype != mx.complex64:
+                    value = value.astype(state_dtype)
             slots.append(value)
         return [*slots, self._gradients[i]]
 
@@ -200,11 +224,18 @@ class Leaves:
 
 
 class Snapshot:
-    """What a tree's dicts and lists hold now: the arrays' values, not the objects."""
+    """What a tree's dicts and lists hold now: the arrays' values, not the objects.
 
-    def __init__(self, tree: Any) -> None:
+    With ``like``, those of the leaves alone that ``like`` has.
+    """
+
+    def __init__(self, tree: Any, like: Any = None) -> None:
         self._contents: list[tuple[Any, Any]] = []
-        self._record(tree)
+        self._leaves: list[tuple[Any, Any, Any]] = []  # node, key and value
+        if like is None:
+            self._record(tree)
+        else:
+            self._record_like(tree, like)
 
     def _record(self, tree: Any) -> None:
         if isinstance(tree, dict):
@@ -219,8 +250,22 @@ class Snapshot:
         for value in values:
             self._record(value)
 
+    def _record_like(self, tree: Any, like: Any) -> None:
+        pairs = like.items() if isinstance(like, dict) else enumerate(like)
+        for key, like_child in pairs:
+            value = _child(tree, key)
+            if value is _NOTHING:
+                continue
+            if isinstance(like_child, (dict, list, tuple)):
+                self._record_like(value, like_child)
+            elif isinstance(tree, (dict, list)):
+                self._leaves.append((tree, key, _value(value)))
+
     def restore(self) -> None:
         """Undoes every change since."""
+        for node, key, value in self._leaves:
+            type_ = dict if isinstance(node, dict) else list
+            type_.__setitem__(node, key, value)
         for node, content in self._contents:
             if isinstance(node, list):
                 list.__setitem__(node, slice(None), content)
@@ -276,8 +321,17 @@ def _sum(x: mx.array) -> mx.array:
 # Trees
 
 
+_NOTHING: Any = object()
+
+
 def _child(node: Any, key: Any) -> Any:
-    return None if node is None else node[key]
+    """What a node has at a key; None for a tree that is not given."""
+    if node is None or node is _NOTHING:
+        return node
+    try:
+        return node[key]
+    except (LookupError, TypeError, ValueError):  # arrays and lists have other keys
+        return _NOTHING
 
 
 def _value(x: Any) -> Any:
@@ -328,6 +382,18 @@ def _with_numbers(rule: Any, values: dict[str, Any]) -> Any:
     return prepared
 
 
+def _check_state(key: str, value: mx.array, parameter: Any) -> None:
+    """It would widen the parameter, or take the place of its own."""
+    if isinstance(parameter, mx.array) and value.shape != parameter.shape:
+        raise ValueError(
+            f"the state {key} has shape {_shape(value)}; expected {_shape(parameter)}"
+        )
+
+
+def _shape(x: mx.array) -> str:
+    return f"({','.join(map(str, x.shape))})"
+
+
 def _check_sets(set_of: Sequence[int], tensors: int, sets: int) -> None:
     if len(set_of) != tensors:
         raise ValueError(
@@ -349,10 +415,9 @@ def _scalar(
     if value is None:
         raise ValueError(f"[fused_update] {name} is missing; the rule reads it.")
     if value.size != 1 and value.shape != (entries,):
-        shape = f"({', '.join(map(str, value.shape))})"
         more = f" or ({entries})" if entries != 1 else ""
         raise ValueError(
-            f"[fused_update] {name} has shape {shape}; expected a scalar{more}."
+            f"[fused_update] {name} has shape {_shape(value)}; expected a scalar{more}."
         )
     if value.size == 1:
         value = value.reshape(())
@@ -368,8 +433,12 @@ def _updated(
     skip: mx.array | None = None,
 ) -> list[mx.array]:
     """What the slots of one tensor become; half precision is computed in float32."""
-    is_usual = all(x.dtype in FUSED_DTYPES for x in given)
+    has_pairs = _takes_pairs(type(rule), given)
+    is_usual = has_pairs or all(x.dtype in FUSED_DTYPES for x in given)
     slots = [x.astype(mx.float32) if is_usual else x for x in given]
+    if has_pairs:
+        slots = [_to_pairs(x) for x in given]
+        rate = rate[..., None] if rate is not None and rate.ndim > 0 else rate
     dtype = slots[-1].dtype
     if gradient_scale is not None:
         slots[-1] = (slots[-1] * gradient_scale).astype(dtype)
@@ -382,9 +451,23 @@ def _updated(
     parameter = slots[0] if first else None
     gradient, parameter, states = rule.update(slots[-1], parameter, slots[first:-1])
     slots = [*([parameter] if first else []), *states, gradient]
+    if has_pairs:
+        slots = [x.view(mx.complex64).squeeze(-1) for x in slots]
     if skip is not None:
         slots = [mx.where(skip, *pair) for pair in zip(given, slots, strict=True)]
     return slots
+
+
+def _takes_pairs(rule: Any, given: list[mx.array]) -> bool:
+    """Whether a complex number is two real ones, as in csrc/graph/composed.cpp."""
+    is_complex = any(x.dtype == mx.complex64 for x in given)
+    return is_complex and rule.__name__ not in ("Lion", "Adamax")
+
+
+def _to_pairs(x: mx.array) -> mx.array:
+    """With a last axis of 2, real and imaginary."""
+    numbers = x.astype(mx.complex64)
+    return mx.stack([mx.real(numbers), mx.imag(numbers)], axis=-1)
 
 
 def _stored(
@@ -392,6 +475,8 @@ def _stored(
 ) -> list[mx.array]:
     """The new slots in the dtypes that they take."""
     dtypes = [x.dtype for x in given]
+    if _takes_pairs(rule, given):
+        return new
     if keep_dtypes:
         return [x.astype(dtype) for x, dtype in zip(new, dtypes, strict=True)]
     if not FUSED_DTYPES.issuperset(dtypes):
