@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_fused_optimizers import _ext, _kernels, _plain, _rules
 from support import FLOATS, random_array, to_numpy
 
@@ -202,21 +203,50 @@ def test_norms_and_scaling() -> None:
     assert all(x.dtype == y.dtype and mx.array_equal(x, y) for x, y in pairs)
 
 
-def test_what_is_no_array_and_what_is_no_leaf() -> None:
+@pytest.mark.parametrize("kernels", [_ext, _plain], ids=["extension", "plain"])
+def test_what_is_no_array_and_what_is_no_leaf(kernels: Any) -> None:
     one = mx.array(1.0)
-    for kernels in (_ext, _plain):
-        decay = [{"weight_decay": 0.0}]
-        assert not kernels.Leaves([1.0], [one]).update("SGD", decay, learning_rate=one)
-        assert not kernels.Leaves([one], [None]).update("SGD", decay, learning_rate=one)
-        leaves = kernels.Leaves([one], [one], [None])
-        assert not leaves.update("Adagrad", [{"eps": 1.0}], learning_rate=one)
-        assert kernels.Leaves([one, 1]).dtypes() is None
-        with pytest.raises(ValueError, match="expected as many as the tree has"):
-            kernels.Leaves([one]).replace([])
-        tree: list[Any] = []
-        tree.append(tree)
-        with pytest.raises(RecursionError):
-            kernels.Leaves(tree)
+
+    def refused(error: type[Exception], text: str, *trees: Any) -> None:
+        with pytest.raises(error, match=text):
+            kernels.Leaves(*trees)
+
+    refused(TypeError, r"the gradient of 'a\.0' is of type float; exp", {"a": [1.0]})
+    refused(TypeError, "the value of '0' is of type str", ["x"], None, None, "value")
+    refused(KeyError, "the gradient of '1' has no parameter", [one, one], [one])
+    refused(KeyError, "the gradient of 'a' has no parameter", {"a": one}, one)
+    refused(KeyError, "of 'a' has no state. When a", {"a": one}, None, {"a": one})
+    refused(KeyError, "the gradient has no state", one, one, 1)
+    decay = [{"weight_decay": 0.0}]
+    leaves = kernels.Leaves([one], [None], [{}])
+    assert not leaves.update("SGD", decay, learning_rate=one)
+    leaves = kernels.Leaves([one], [one], [{"v": mx.ones((2, 3))}])
+    with pytest.raises(ValueError, match=r"state v has shape \(2,3\); expected \(\)"):
+        leaves.update("Adagrad", [{"eps": 1.0}], learning_rate=one)
+    with pytest.raises(ValueError, match="expected as many as the tree has"):
+        kernels.Leaves([one]).replace([])
+    tree: list[Any] = []
+    tree.append(tree)
+    refused(RecursionError, "recursion", tree)
+
+
+@pytest.mark.parametrize("kernels", [_ext, _plain], ids=["extension", "plain"])
+def test_snapshots(kernels: Any) -> None:
+    """Of all, or of what another tree has; arrays that were changed in place too."""
+    for like in (None, {"b": [None, 0], "c": {"d": 0}}):
+        tree: dict[str, Any] = {
+            "a": mx.array(1.0),
+            "b": [mx.array(2.0), mx.array(3.0)],
+            "c": {"d": mx.array(4.0), "e": mx.array(5.0)},
+        }
+        before = kernels.Snapshot(tree, like)
+        tree["b"][1] += 10
+        tree["c"]["d"] = None
+        tree["c"]["e"] = mx.array(6.0)
+        tree["a"] = mx.array(7.0)
+        before.restore()
+        values = [x.item() for _, x in tree_flatten(tree)]
+        assert values == ([1, 2, 3, 4, 5] if like is None else [7, 2, 3, 4, 6])
 
 
 def test_what_cannot_be_translated_is_named() -> None:

@@ -49,10 +49,17 @@ def sums_of_squares(
                 "float32, float16 or bfloat16."
             )
     limit = _scalar("max_norm", max_norm, 1, mx.float32)
-    sums = [_sum(mx.square(x.astype(mx.float32))) for x in arrays]
+    # Over the largest, so that no square leaves float32.
+    largest = mx.array(0.0)
+    for x in arrays:
+        if x.size > 0:
+            largest = mx.maximum(largest, mx.max(mx.abs(x)).astype(mx.float32))
+    largest = mx.where(mx.isfinite(largest) & (largest > 0), largest, 1.0)
+    sums = [_sum(mx.square(x.astype(mx.float32) / largest)) for x in arrays]
     stacked = mx.stack(sums) if sums else mx.zeros((0,))
-    norm = mx.sqrt(_sum(stacked))
-    return stacked, norm, mx.minimum(limit / (norm + 1e-6), 1.0)
+    norm = mx.sqrt(_sum(stacked)) * largest
+    factor = mx.minimum(limit / (norm + 1e-6), 1.0)
+    return stacked * mx.square(largest), norm, factor
 
 
 def scale(arrays: Sequence[mx.array], factor: mx.array) -> list[mx.array]:
