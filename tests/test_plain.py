@@ -15,9 +15,8 @@ import mlx.core as mx
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from mlx_fused_optimizers import _ext, _kernels, _plain, _rules
-from support import FLOATS, random_array, to_numpy
+from support import FLOATS, leaves_of, random_array, to_numpy
 
 RULES = _ext.rule_names()
 VALUES = {
@@ -245,7 +244,7 @@ def test_snapshots(kernels: Any) -> None:
         tree["c"]["e"] = mx.array(6.0)
         tree["a"] = mx.array(7.0)
         before.restore()
-        values = [x.item() for _, x in tree_flatten(tree)]
+        values = [x.item() for x in leaves_of(tree).values()]
         assert values == ([1, 2, 3, 4, 5] if like is None else [7, 2, 3, 4, 6])
 
 
