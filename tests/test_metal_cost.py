@@ -55,6 +55,7 @@ def test_lines_of_the_cache_on_real_gradients(backend: str, dtype: mx.Dtype) -> 
     assert theirs.line_bytes_per_parameter > 100
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 @pytest.mark.parametrize("case", REST, ids=[case.label for case in REST])
 def test_partly_fused_optimizers_cost_less_than_stock(backend: str, case: Case) -> None:

@@ -238,12 +238,15 @@ def test_snapshots(kernels: Any) -> None:
             "b": [mx.array(2.0), mx.array(3.0)],
             "c": {"d": mx.array(4.0), "e": mx.array(5.0)},
         }
+        first = tree["b"][0]
         before = kernels.Snapshot(tree, like)
         tree["b"][1] += 10
         tree["c"]["d"] = None
         tree["c"]["e"] = mx.array(6.0)
         tree["a"] = mx.array(7.0)
+        kept = tree["b"]
         before.restore()
+        assert tree["b"] is kept and tree["b"][0] is first
         values = [x.item() for x in leaves_of(tree).values()]
         assert values == ([1, 2, 3, 4, 5] if like is None else [7, 2, 3, 4, 6])
 
@@ -357,6 +360,7 @@ def test_without_extensions_an_error_if_kernels_are_required(site: Path) -> None
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default device is a GPU without Metal, in the eyes of the choice."""
+    monkeypatch.setattr(_kernels._Kernels, "extension", _ext)
     monkeypatch.setattr(_kernels, "_is_gpu", lambda: True)
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(_kernels._Kernels, "has_warned", False)
@@ -400,6 +404,7 @@ def test_a_gpu_without_metal_leaves_the_cpu_its_kernels(
 
 
 def test_backends_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kernels._Kernels, "extension", _ext)
     mx.set_default_device(mx.cpu)
     assert optim.backend() == "cpu"
     with _kernels.using(_plain):

@@ -272,13 +272,16 @@ class Snapshot:
         """Undoes every change since."""
         for node, key, value in self._leaves:
             type_ = dict if isinstance(node, dict) else list
-            type_.__setitem__(node, key, value)
+            type_.__setitem__(node, key, _restored(value, _child(node, key)))
         for node, content in self._contents:
             if isinstance(node, list):
-                list.__setitem__(node, slice(None), content)
+                now = [*node, *[None] * len(content)]
+                before = [_restored(*pair) for pair in zip(content, now, strict=False)]
+                list.__setitem__(node, slice(None), before)
             else:
+                values = {k: _restored(v, node.get(k)) for k, v in content.items()}
                 dict.clear(node)
-                dict.update(node, content)
+                dict.update(node, values)
 
 
 def num_threads() -> int:
@@ -341,9 +344,22 @@ def _child(node: Any, key: Any) -> Any:
         return _NOTHING
 
 
-def _value(x: Any) -> Any:
-    """An array as it is now: the object may change."""
-    return copy.copy(x) if isinstance(x, mx.array) else x
+def _value(x: Any) -> tuple[Any, Any]:
+    """An object, and of an array what it is now: it may change."""
+    return x, copy.copy(x) if isinstance(x, mx.array) else x
+
+
+def _restored(value: tuple[Any, Any], now: Any) -> Any:
+    """What was there, in its own object if that still is."""
+    x, before = value
+    if (
+        x is before
+        or x is not now
+        or (x.dtype, x.shape) != (before.dtype, before.shape)
+    ):
+        return before
+    x[...] = before
+    return x
 
 
 def _with_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
