@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
-from ._rules import number_of, rules
+from ._rules import header, number_of, rules
 
 FUSED_DTYPES = {mx.float32, mx.float16, mx.bfloat16}
 NO_KERNELS = "no kernels: plain MLX operations are in use"
@@ -23,7 +24,7 @@ def is_array_type(type: type) -> bool:
 
 
 def rule_names() -> list[str]:
-    return [*rules()]
+    return [*_all_rules()]
 
 
 def hyperparameters(rule: str) -> list[str]:
@@ -200,7 +201,8 @@ class Leaves:
             state = self._states[i]
             value = state.get(key) if isinstance(state, dict) else None
             if isinstance(value, mx.array):
-                _check_state(key, value, self._parameters[i])
+                if key not in rule.state_names[: _means(rule)]:
+                    _check_state(key, value, self._parameters[i])
                 # There is no half a complex number.
                 if state_dtype is not None and value.dtype != mx.complex64:
                     value = value.astype(state_dtype)
@@ -379,11 +381,54 @@ def _with_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _rule_named(name: str) -> Any:
-    if name not in rules():
+    known = _all_rules()
+    if name not in known:
         raise ValueError(
-            f'[fused_update] rule is "{name}"; expected one of {", ".join(rules())}.'
+            f'[fused_update] rule is "{name}"; expected one of {", ".join(known)}.'
         )
-    return rules()[name]
+    return known[name]
+
+
+@cache
+def _all_rules() -> dict[str, Any]:
+    """The header's rules of one element, and Adafactor's."""
+    factored = [_adafactor(m, w) for m in (True, False) for w in (False, True)]
+    return rules() | {rule.__name__: rule for rule in factored}
+
+
+def _adafactor(is_matrix: bool, has_moment: bool) -> Any:
+    """The parts of Adafactor put together, as in csrc/graph/factored.cpp."""
+    parts = header()["Adafactor"]
+    mean_names = ("exp_avg_sq_row", "exp_avg_sq_col") if is_matrix else ("exp_avg_sq",)
+
+    class Adafactor(parts, header()["RuleDefaults"]):  # type: ignore[valid-type, misc]
+        number_names = parts.number_names
+        state_names = (*mean_names, *(("exp_avg",) if has_moment else ()))
+        means = len(mean_names)
+        reads_step = True
+
+        def update(self, g: Any, p: Any, s: list[Any]) -> tuple[Any, Any, list[Any]]:
+            squares = mx.square(g)
+            row: Any = 1.0
+            if is_matrix:
+                s[0] = self.running_mean(s[0], mx.mean(squares, axis=-1))
+                s[1] = self.running_mean(s[1], mx.mean(squares, axis=-2))
+                mean = mx.mean(s[0], axis=-1, keepdims=True)
+                row = (self.factor(s[0]) * mx.sqrt(mean))[..., None]
+                column = self.factor(s[1])[..., None, :]
+            else:
+                s[0] = self.running_mean(s[0], squares)
+                column = self.factor(s[0])
+            u = header()["direction"](row, column, g)
+            scaled_rate = self.scaled_rate(mx.mean(mx.square(p)))
+            u = u * self.clipped(scaled_rate, mx.mean(mx.square(u)))
+            if has_moment:
+                u, s[-1] = self.average(u, s[-1])
+            return g, *self.write(u, scaled_rate, p), s
+
+    kind = "Matrix" if is_matrix else "Vector"
+    Adafactor.__name__ = f"Adafactor{kind}{'WithMoment' if has_moment else ''}"
+    return Adafactor
 
 
 def _is_written(rule: Any) -> list[bool]:
@@ -465,6 +510,9 @@ def _updated(
     dtype = slots[-1].dtype
     if gradient_scale is not None:
         slots[-1] = (slots[-1] * gradient_scale).astype(dtype)
+    if _means(rule):  # it multiplies them with the parameter's root mean square
+        is_inexact = mx.issubdtype(slots[0].dtype, mx.inexact)
+        dtype = slots[0].dtype if is_inexact else mx.float32
     if step is not None and not is_usual and mx.issubdtype(dtype, mx.floating):
         step = step.astype(dtype)
     rule.prepare(
@@ -500,14 +548,23 @@ def _stored(
     dtypes = [x.dtype for x in given]
     if _takes_pairs(rule, given):
         return new
-    if keep_dtypes:
-        return [x.astype(dtype) for x, dtype in zip(new, dtypes, strict=True)]
-    if not FUSED_DTYPES.issuperset(dtypes):
-        return new
-    return [
-        x.astype(_promoted(rule, dtypes, slot) if is_written else dtypes[slot])
-        for slot, (x, is_written) in enumerate(zip(new, _is_written(rule), strict=True))
-    ]
+    if not keep_dtypes and not FUSED_DTYPES.issuperset(dtypes):
+        dtypes = [x.dtype for x in new]
+    elif not keep_dtypes:
+        dtypes = [
+            _promoted(rule, dtypes, slot) if is_written else dtypes[slot]
+            for slot, is_written in enumerate(_is_written(rule))
+        ]
+    # No step is to meet an infinite mean of squares.
+    for slot in range(1, _means(rule) + 1):
+        if dtypes[slot] == mx.float16:
+            new[slot] = mx.minimum(new[slot], 65504.0)
+    return [x.astype(dtype) for x, dtype in zip(new, dtypes, strict=True)]
+
+
+def _means(rule: Any) -> int:
+    """How many of a rule's states, the first, are Adafactor's means of squares."""
+    return getattr(rule, "means", 0)
 
 
 def _promoted(rule: Any, dtypes: list[mx.Dtype], slot: int) -> mx.Dtype:
@@ -515,7 +572,7 @@ def _promoted(rule: Any, dtypes: list[mx.Dtype], slot: int) -> mx.Dtype:
     is_state = int(rule.reads_parameter) <= slot < len(dtypes) - 1
     # A state takes in the gradient; everything else, the states too.
     met = dtypes
-    if is_state and not rule.writes_gradient:
+    if is_state and not rule.writes_gradient and not _means(rule):
         met = [dtypes[slot], dtypes[-1]]
     return met[0] if len({*met}) == 1 else mx.float32
 
