@@ -73,7 +73,10 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Primitives that the simulator counts.
 OURS = ("FusedUpdate", "SumsOfSquares")
 # Primitives that only look at memory in another way.
-VIEWS = {"Broadcast", "Reshape", "Transpose", "Squeeze", "ExpandDims", "StopGradient"}
+VIEWS = {
+    *("Broadcast", "Reshape", "Transpose", "Squeeze", "ExpandDims", "StopGradient"),
+    *("Slice", "Unflatten", "Flatten"),
+}
 
 
 class Cost(NamedTuple):
@@ -169,11 +172,16 @@ def graph_cost(
         if node.name.startswith("FusedUpdate"):
             for label, like in zip(node.outputs, updated_inputs(node), strict=True):
                 sizes.setdefault(label, sizes[like])
-        largest = 1 if node.name == "Reduce" else max(sizes[i] for i in node.inputs)
+        largest = max(sizes[i] for i in node.inputs)
+        if node.name in ("Reduce", "Max", "Min"):
+            largest = 1
+        elif node.name == "Concatenate":
+            largest = read
         for label in node.outputs:
             sizes.setdefault(label, largest)
         if not node.name.startswith(OURS):
-            launches += 1
+            # It copies its operands one by one.
+            launches += len(node.inputs) if node.name == "Concatenate" else 1
             moved += read + sum(sizes[label] for label in node.outputs)
             wide = [label for label in node.inputs if label in lines]
             itemsize = before[-1].itemsize

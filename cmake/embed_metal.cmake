@@ -14,7 +14,7 @@ function(inline_includes path result)
 endfunction()
 
 set(header "// Made by cmake/embed_metal.cmake from metal/.\n#pragma once\n#include <string>\n\nnamespace mlx_fused {\n")
-foreach(name fused_update sums copy_array)
+foreach(name fused_update sums copy_array factored)
   inline_includes(${SOURCE_DIR}/${name}.metal source)
   if(source MATCHES "[^\t\n -~]")
     message(FATAL_ERROR "${name}.metal or an include of it: MLX gives Metal ASCII")

@@ -23,6 +23,10 @@ namespace {
 // blocks of transposed matrices, with vectors and without.
 const std::vector<mx::Shape> check_shapes = {{7},      {70, 36},    {9001},
                                              {66, 18}, {2, 20, 24}, {1}};
+// The same for Adafactor's matrices: one tile and several, rows that are walked
+// as columns and turned, strides without neighbours, a lone row.
+const std::vector<mx::Shape> check_matrices = {
+    {1, 7}, {140, 130}, {64, 3}, {3, 40, 36}, {5, 4}, {1, 300}};
 // Arrays of the check of sums: as many as one of its launches takes.
 constexpr size_t check_sums_count = 24;
 
@@ -31,10 +35,14 @@ constexpr size_t check_sums_count = 24;
 Hyperparameters check_hyperparameters(const RuleTraits& rule) {
   Hyperparameters values;
   for (const auto& name : rule.hyperparameters) {
-    values.push_back(name == "beta2"          ? 0.999
-                     : name == "eps"          ? 1e-6
-                     : name == "weight_decay" ? 0.01
-                                              : 0.9);
+    // Adafactor's moment is subtracted from the parameter, and must be smaller.
+    values.push_back(name == "beta2"                         ? 0.999
+                     : name == "eps"                         ? 1e-6
+                     : name == "weight_decay"                ? 0.01
+                     : name == "decay_rate"                  ? -0.8
+                     : name == "relative_step"               ? 0.0
+                     : name == "beta1" && rule.is_factored() ? 0.1
+                                                             : 0.9);
   }
   return values;
 }
@@ -146,7 +154,13 @@ std::optional<std::string> check_update(const RuleTraits& rule,
     rates.push_back(0.1f / static_cast<float>(tensor + 1));
     scales.push_back(0.75f - 0.1f * static_cast<float>(tensor));
     for (int slot = 0; slot < layout.slots(); ++slot) {
-      const auto a = sample(check_shapes[tensor], dtypes[slot], inputs.size());
+      auto shape =
+          rule.means == 2 ? check_matrices[tensor] : check_shapes[tensor];
+      if (rule.means == 1 && shape.size() > 1) {
+        shape = {shape[0] * shape[1]};
+      }
+      const auto a =
+          sample(rule.shape(slot, shape), dtypes[slot], inputs.size());
       const bool is_gradient = slot + 1 == layout.slots();
       inputs.push_back(is_gradient ? transposed(a) : a);
     }
@@ -155,7 +169,8 @@ std::optional<std::string> check_update(const RuleTraits& rule,
     inputs.push_back(mx::array(rates.begin(), {tensors}));
   }
   if (rule.reads_step) {
-    inputs.push_back(mx::array(uint64_t{1}));
+    // At step 1 Adafactor forgets its means.
+    inputs.push_back(mx::array(uint64_t{rule.is_factored() ? 3u : 1u}));
   }
   inputs.push_back(mx::array(scales.begin(), {tensors}));
   inputs.push_back(mx::equal(mx::arange(tensors), mx::array(0)));

@@ -23,7 +23,7 @@ namespace {
 // and so to free their gradients, as soon as they are ready is then worth more
 // than sharing a primitive with others. A launch costs more on a GPU than a
 // primitive does on the CPU.
-constexpr uint64_t full_on_cpu = 1 << 17;
+constexpr uint64_t full_on_cpu = 1 << 16;
 constexpr uint64_t full_on_metal = 1 << 20;
 
 void check_length(const char* argument, size_t given, size_t expected) {
@@ -79,15 +79,18 @@ struct Signature {
   template <typename F>
   static uint64_t of(F slot, const RuleTraits& rule) {
     const auto& shape = slot(0).shape();
-    bool fits = true;
+    bool fits = !rule.is_factored() || (rule.means == 2) == (shape.size() > 1);
     uint64_t bits = 0;
     for (size_t k = 0; k < rule.slots.size(); ++k) {
       const auto& a = slot(k);
       const auto& [role, is_written] = rule.slots[k];
-      const bool may_broadcast = role == Role::gradient && !is_written;
+      const bool may_broadcast =
+          role == Role::gradient && !is_written && !rule.is_factored();
       fits = fits && has_kernels(a.dtype()) &&
-             (a.shape() == shape ||
-              (may_broadcast && broadcasts_to(a.shape(), shape)));
+             (rule.is_mean(k)
+                  ? a.shape() == rule.shape(k, shape)
+                  : a.shape() == shape ||
+                        (may_broadcast && broadcasts_to(a.shape(), shape)));
       bits = bits << dtype_bits | static_cast<uint64_t>(a.dtype().val());
     }
     return (bits << 1 | uint64_t{fits}) << size_bits |
@@ -133,7 +136,9 @@ constexpr size_t max_plans = 64;
 Plan make_plan(const PlanKey& key, mx::Stream stream) {
   const auto& rule = *key.rule;
   const size_t slots = rule.slots.size();
-  const auto full = key.is_metal ? full_on_metal : full_on_cpu;
+  // Adafactor has several launches a group.
+  const auto full = (key.is_metal ? full_on_metal : full_on_cpu)
+                    << (rule.is_factored() ? 2 : 0);
   Plan plan;
   // Kept apart until they are full. From the tree's end, as gradients become
   // ready.
@@ -299,7 +304,8 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
         if (!group.is_fused) {
           continue;
         }
-        if (const auto& shape = slot(i, 0).shape(); input.shape() != shape) {
+        const auto& shape = slot(i, 0).shape();
+        if (!rule.is_mean(k) && input.shape() != shape) {
           input = mx::broadcast_to(input, shape, s);
         }
         if (input.dtype() != group.dtypes[k]) {

@@ -49,7 +49,36 @@ RuleTraits traits_of() {
   return traits;
 }
 
+RuleTraits traits_of_adafactor(int index, bool is_matrix, bool has_moment) {
+  using Rule = Adafactor<float>;
+  RuleTraits traits{index, "Adafactor", split(Rule::number_names), {}, true,
+                    true,  {}};
+  traits.name += is_matrix ? "Matrix" : "Vector";
+  traits.states =
+      is_matrix ? std::vector<std::string>{"exp_avg_sq_row", "exp_avg_sq_col"}
+                : std::vector<std::string>{"exp_avg_sq"};
+  traits.means = static_cast<int>(traits.states.size());
+  if (has_moment) {
+    traits.name += "WithMoment";
+    traits.states.push_back("exp_avg");
+  }
+  traits.slots = {{Role::parameter, true}};
+  traits.slots.insert(traits.slots.end(), traits.states.size(),
+                      {Role::state, true});
+  traits.slots.push_back({Role::gradient, false});
+  return traits;
+}
+
 }  // namespace
+
+mlx::core::Shape RuleTraits::shape(int slot,
+                                   const mlx::core::Shape& parameter) const {
+  auto shape = parameter;
+  if (means == 2 && is_mean(slot)) {
+    shape.erase(shape.end() - slot);  // of rows the last, of columns the other
+  }
+  return shape;
+}
 
 std::vector<int> RuleTraits::written() const {
   std::vector<int> numbers;
@@ -64,7 +93,12 @@ std::vector<int> RuleTraits::written() const {
 const std::vector<RuleTraits>& all_rules() {
   static const auto rules =
       []<int... index>(std::integer_sequence<int, index...>) {
-        return std::vector<RuleTraits>{traits_of<index>()...};
+        std::vector<RuleTraits> rules{traits_of<index>()...};
+        for (int i = 0; i < 4; ++i) {
+          rules.push_back(
+              traits_of_adafactor(rule_count + i, i / 2 == 0, i % 2 == 1));
+        }
+        return rules;
       }(std::make_integer_sequence<int, rule_count>());
   return rules;
 }

@@ -21,14 +21,23 @@ struct Slot {
 };
 
 struct RuleTraits {
-  int index;  // in the register of rules.h
+  int index;  // in the register of rules.h, behind which Adafactor's stand
   std::string name;
   std::vector<std::string> hyperparameters;
   std::vector<std::string> states;
   bool reads_learning_rate;
   bool reads_step;
   std::vector<Slot> slots;
+  // Of Adafactor, the states that are running means of squares, which come
+  // first: of a matrix' rows and columns, or one of a vector. Rules of one
+  // element have none.
+  int means = 0;
 
+  bool is_factored() const { return means > 0; }
+  bool is_mean(int slot) const { return slot > 0 && slot <= means; }
+  // Of a slot, by that of the parameter, which for Adafactor must be of as many
+  // dimensions as the rule takes.
+  mlx::core::Shape shape(int slot, const mlx::core::Shape& parameter) const;
   // Slots that are written, by their numbers.
   std::vector<int> written() const;
 };

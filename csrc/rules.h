@@ -24,8 +24,8 @@
   template <typename T>                                   \
   struct name : RuleDefaults
 
-#define COUNT_OF(a, b, c, d, e, f, g, h, count, ...) count
-#define COUNT(...) COUNT_OF(__VA_ARGS__, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+#define COUNT_OF(a, b, c, d, e, f, g, h, i, count, ...) count
+#define COUNT(...) COUNT_OF(__VA_ARGS__, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
 
 #define HYPERPARAMETERS(...)                                \
   Number<T> __VA_ARGS__;                                    \
@@ -48,6 +48,7 @@ namespace metal {
 inline float abs(float x) { return __builtin_fabsf(x); }
 namespace precise {
 inline float exp(float x) { return __builtin_expf(x); }
+inline float pow(float x, float y) { return __builtin_powf(x, y); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 }  // namespace precise
 }  // namespace metal

@@ -5,8 +5,8 @@
   template <typename T> \
   struct name : RuleDefaults
 
-#define COUNT_OF(a, b, c, d, e, f, g, h, count, ...) count
-#define COUNT(...) COUNT_OF(__VA_ARGS__, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+#define COUNT_OF(a, b, c, d, e, f, g, h, i, count, ...) count
+#define COUNT(...) COUNT_OF(__VA_ARGS__, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
 
 #define HYPERPARAMETERS(...) \
   Number<T> __VA_ARGS__;     \

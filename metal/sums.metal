@@ -20,19 +20,27 @@ using namespace metal;
 
 static constexpr constant int simd_size = 32;
 
-// The sum over the threadgroup of one value per simdgroup, in every thread of
+// As norm_scale in csrc/graph/sums_of_squares.h: squares of scaled numbers are
+// summed as well, for where the others overflow.
+static constexpr constant float norm_scale = 0x1p-80f;
+
+// The sums over the threadgroup of two values per simdgroup, in every thread of
 // the first simdgroup.
-METAL_FUNC float threadgroup_sum(
-    float value,
+METAL_FUNC float2 threadgroup_sum(
+    float2 value,
     threadgroup float* sums,
     uint simdgroups,
     uint simdgroup,
     uint lane) {
   if (lane == 0) {
-    sums[simdgroup] = value;
+    sums[simdgroup] = value.x;
+    sums[simd_size + simdgroup] = value.y;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  return simd_sum(lane < simdgroups ? sums[lane] : 0);
+  const bool is_there = lane < simdgroups;
+  return float2(
+      simd_sum(is_there ? sums[lane] : 0),
+      simd_sum(is_there ? sums[simd_size + lane] : 0));
 }
 
 template <typename T>
@@ -40,7 +48,7 @@ METAL_FUNC void sum_tile(
     const device T* in,
     constant LaunchTensor& tensor,
     constant int64_t* walks,
-    device float* partials,
+    device float2* partials,
     threadgroup float* sums,
     uint tile,
     uint thread_index,
@@ -48,6 +56,7 @@ METAL_FUNC void sum_tile(
     uint simdgroup,
     uint lane) {
   float sum = 0;
+  float scaled = 0;
   for (int vector = 0; vector < vectors_each; ++vector) {
     const Elements at = neighbours(
         vector_start(tile, tensor.first_tile, thread_index, vector),
@@ -55,18 +64,27 @@ METAL_FUNC void sum_tile(
         tensor.vectorized != 0);
     float values[vector_size];
     load_gradient(in, tensor, walks, at, values);
-    FOR_EACH_OF_VECTOR { sum += values[i] * values[i]; }
+    FOR_EACH_OF_VECTOR {
+      const float small = values[i] * norm_scale;
+      sum += values[i] * values[i];
+      scaled += small * small;
+    }
   }
-  sum = threadgroup_sum(simd_sum(sum), sums, simdgroups, simdgroup, lane);
+  const float2 both = threadgroup_sum(
+      float2(simd_sum(sum), simd_sum(scaled)),
+      sums,
+      simdgroups,
+      simdgroup,
+      lane);
   if (thread_index == 0) {
-    partials[tensor.first_partial + tile - tensor.first_tile] = sum;
+    partials[tensor.first_partial + tile - tensor.first_tile] = both;
   }
 }
 
 // A simdgroup for each array: its partial sums stand from first[i] to
 // first[i + 1].
 [[kernel]] void sums_and_norm(
-    const device float* partials [[buffer(0)]],
+    const device float2* partials [[buffer(0)]],
     constant uint* first [[buffer(1)]],
     constant uint& count [[buffer(2)]],
     constant float& max_norm [[buffer(3)]],
@@ -77,23 +95,25 @@ METAL_FUNC void sum_tile(
     uint simdgroups [[simdgroups_per_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float totals[simd_size];
-  float total = 0;
+  threadgroup float totals[2 * simd_size];
+  float2 total = float2(0, 0);
   for (uint i = simdgroup; i < count; i += simdgroups) {
-    float sum = 0;
+    float2 sum = float2(0, 0);
     const uint end = first[i + 1];
     for (uint partial = first[i] + lane; partial < end; partial += simd_size) {
       sum += partials[partial];
     }
-    sum = simd_sum(sum);
+    sum = float2(simd_sum(sum.x), simd_sum(sum.y));
     if (lane == 0) {
-      sums[i] = sum;
+      sums[i] = sum.x;
     }
     total += sum;
   }
   total = threadgroup_sum(total, totals, simdgroups, simdgroup, lane);
   if (thread_index == 0) {
-    const float root = metal::precise::sqrt(total);
+    const float usual = metal::precise::sqrt(total.x);
+    const float root =
+        usual - usual == 0 ? usual : metal::precise::sqrt(total.y) / norm_scale;
     const float ratio = max_norm / (root + 1e-6f);
     norm[0] = root;
     // A norm that is not a number makes every gradient so, as in MLX.

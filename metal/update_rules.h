@@ -55,6 +55,8 @@ METAL_FUNC float larger(float a, float b) { return a >= b || a != a ? a : b; }
 
 METAL_FUNC float smaller(float a, float b) { return a < b ? a : b; }
 
+METAL_FUNC float power(float a, float b) { return metal::precise::pow(a, b); }
+
 // 1 - beta^step for a beta below 1, to float32's accuracy for any beta: as
 // -expm1(x) with x = step * log(beta). Near zero that is its Taylor series,
 // whose next term is below 1e-9 of the sum; elsewhere nothing cancels.
@@ -314,41 +316,83 @@ RULE(Adamax) {
   }
 };
 
-// The end of an Adafactor step. g is the factored update, and the gradient
-// scale its step size over its clipped root mean square.
+// The direction of Adafactor's update.
+template <typename T>
+METAL_FUNC T direction(T row_factor, T column_factor, T g) {
+  return row_factor * column_factor * g;
+}
+
+// Adafactor: no rule of one element, but the parts of one. The second moment of
+// a matrix is the product of its rows' means and its columns'. Three passes put
+// the parts together: metal/factored.metal, csrc/cpu/factored.cpp, and
+// csrc/graph/factored.cpp for plain operations. A vector is a matrix of one
+// row, which has no mean and the factor 1.
 // Shazeer and Stern, "Adafactor: Adaptive learning rates with sublinear memory
 // cost", ICML 2018, algorithm 4.
-RULE(Adafactor) {
-  HYPERPARAMETERS(weight_decay);
+template <typename T>
+struct Adafactor {
+  HYPERPARAMETERS(
+      eps,
+      least_scale,
+      clip_threshold,
+      decay_rate,
+      beta1,
+      weight_decay,
+      scale_parameter,
+      relative_step,
+      warmup_init);
 
-  T decay;
+  T rate;
+  T weight;  // of this step's squares in the running means
 
-  void prepare(T rate, T step) thread { decay = weight_decay.value * rate; }
-
-  void update(thread T & g, thread T & p, thread T * s) const thread {
-    if (weight_decay.value != 0) {
-      p = p - p * decay;
+  void prepare(T learning_rate, T step) thread {
+    rate = learning_rate;
+    if (relative_step.value != 0) {
+      T most = T(1e-2f);
+      if (warmup_init.value != 0) {
+        most = T(1e-6f) * step;
+      }
+      rate = smaller(most, 1 / square_root(step));
     }
-    p = p - g;
+    weight = power(step, decay_rate.value);
   }
-};
 
-// The same with a first moment.
-RULE(AdafactorWithMoment) {
-  HYPERPARAMETERS(beta1, weight_decay);
-  STATES(exp_avg);
+  // A row's or column's mean of squares, averaged over the steps.
+  T running_mean(T before, T mean) const thread {
+    return (1 - weight) * before + weight * (mean + eps.value);
+  }
 
-  T decay;
+  // What it makes of its gradients; for a row's times the root of the mean of
+  // the matrix' rows.
+  T factor(T running_mean) const thread {
+    return 1 / square_root(running_mean);
+  }
 
-  void prepare(T rate, T step) thread { decay = weight_decay.value * rate; }
-
-  void update(thread T & g, thread T & p, thread T * s) const thread {
-    thread T& exp_avg = s[0];
-    exp_avg = moving_average(beta1, exp_avg, g);
-    if (weight_decay.value != 0) {
-      p = p - p * decay;
+  // The step size, by the mean of the parameter's squares.
+  T scaled_rate(T parameter_square) const thread {
+    if (scale_parameter.value != 0) {
+      return rate * larger(square_root(parameter_square), least_scale.value);
     }
-    p = p - exp_avg;
+    return rate;
+  }
+
+  // The same after clipping, by the mean of the direction's squares.
+  T clipped(T scaled_rate, T direction_square) const thread {
+    const T excess = square_root(direction_square) / clip_threshold.value;
+    return scaled_rate / larger(excess, T(1));
+  }
+
+  // The first moment takes the update's place.
+  void average(thread T& u, thread T& exp_avg) const thread {
+    exp_avg = moving_average(beta1, exp_avg, u);
+    u = exp_avg;
+  }
+
+  void write(T u, T scaled_rate, thread T& p) const thread {
+    if (weight_decay.value != 0) {
+      p = p - p * (weight_decay.value * scaled_rate);
+    }
+    p = p - u;
   }
 };
 

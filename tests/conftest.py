@@ -15,11 +15,16 @@ import pytest
 from metal_simulator.extension import extension, simulated
 from mlx_fused_optimizers import _plain
 from mlx_fused_optimizers._kernels import using
+from support import MLX_VERSION
 
 SIMULATOR = "metal-simulator"
 # Those that are here; `make test` builds the simulator.
 BACKENDS = ["cpu", "plain"]
-if extension() is not None:
+# The simulator reports faults as errors on a stream of the CPU. Before MLX 0.32.1 such
+# an error ends the process.
+HAS_STREAM_ERRORS = MLX_VERSION >= (0, 32, 1)
+collect_ignore_glob = [] if HAS_STREAM_ERRORS else ["test_metal*"]
+if HAS_STREAM_ERRORS and extension() is not None:
     BACKENDS.append(SIMULATOR)
 if mx.metal.is_available():
     BACKENDS.append("gpu")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from support import (
+    MLX_VERSION,
     assert_trees_match,
     copy_tree,
     every_fused_optimizer,
@@ -242,6 +243,8 @@ def test_hyperparameters_are_checked_as_in_stock() -> None:
         ("AdamW", {"betas": (0.9, -0.1)}),
         ("Lion", {"betas": (0.9, 1.5)}),
     ]
+    if MLX_VERSION < (0, 32, 2):  # it checks SGD's alone
+        cases = cases[:2]
     for name, options in cases:
         with pytest.raises(ValueError) as expected:
             getattr(oracle, name)(0.1, **options)

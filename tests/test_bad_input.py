@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support import (
     ALL_OPTIMIZERS,
+    MLX_VERSION,
     assert_trees_match,
     oracle,
     random_array,
@@ -51,10 +52,19 @@ CONSTRUCTORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 def test_constructors(
     name: str, options: dict[str, Any], error: type[Exception], text: str
 ) -> None:
+    is_stocks = not options.keys() & {
+        *("max_grad_norm", "state_dtype", "weight_decay_filter")
+    }
+    if is_stocks and MLX_VERSION < (0, 32, 2):
+        try:
+            getattr(stock, name)(0.1, **options)
+        except error:
+            pass
+        else:
+            pytest.skip("this MLX takes it, so we do")
     with pytest.raises(error, match=text):
         getattr(optim, name)(0.1, **options)
-    is_ours = options.keys() & {"max_grad_norm", "state_dtype", "weight_decay_filter"}
-    if not is_ours and hasattr(stock, name):
+    if is_stocks and hasattr(stock, name):
         with pytest.raises(error):
             getattr(oracle, name)(0.1, **options)
 
@@ -74,6 +84,10 @@ SCHEDULES: list[tuple[Callable[[], Any], str]] = [
 
 @pytest.mark.parametrize(("make", "text"), SCHEDULES)
 def test_schedules(make: Callable[[], Any], text: str) -> None:
+    if MLX_VERSION < (0, 32, 1) and text.startswith(
+        ("step_size", "decay_steps must be g")
+    ):
+        pytest.skip("this MLX takes it, and the schedule is its own")
     with pytest.raises(ValueError, match=text):
         make()
 
@@ -202,7 +216,9 @@ def test_what_stock_does_with_other_dtypes(
             results.append([updated, optimizer.state])
         except (ValueError, RuntimeError, TypeError) as error:
             results.append(type(error))
-    if isinstance(results[1], type):
+    if dtype == mx.complex64 and name in ("Adafactor", "Muon"):
+        assert results[0] is TypeError  # stock's formulas are wrong for matrices
+    elif isinstance(results[1], type):
         assert isinstance(results[0], type)
     else:
         (mine, state), (theirs, stock_state) = results

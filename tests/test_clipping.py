@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support import (
     FLOATS,
     LAYOUTS,
+    MLX_VERSION,
     assert_trees_match,
     fill,
     leaves_of,
@@ -41,6 +42,8 @@ def norm_of(tree: Any) -> float:
 def test_clips_as_mlx_does(
     backend: str, dtype: mx.Dtype, shapes: Any, seed: int, layout: str, max_norm: float
 ) -> None:
+    if MLX_VERSION < (0, 32, 4) and dtype != mx.float32:
+        pytest.skip("MLX sums and scales half precision in half precision")
     gradients = fill(shapes, np.random.default_rng(seed), dtype, layout)
     before = snapshot(gradients)
     clipped, norm = optim.clip_grad_norm(gradients, max_norm)

@@ -94,8 +94,8 @@ def test_partly_fused_optimizers_allocate_no_more_than_stock(
                 peak = max(peak, mx.get_peak_memory() - before)
         extra.append(peak)
     assert extra[0] <= extra[1] + 4096
-    if name == "Muon":  # one matrix at a time
-        assert extra[0] <= 0.7 * extra[1]
+    # Few matrices at a time; rows and columns alone.
+    assert extra[0] <= (0.7 if name == "Muon" else 0.1) * extra[1]
 
 
 @pytest.mark.fused

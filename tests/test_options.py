@@ -353,7 +353,8 @@ def test_any_combination_of_options(
     if max_norm is not None:
         reference, _ = stock.clip_grad_norm(reference, max_norm)
     theirs = getattr(oracle, name)(learning_rate=1e-2, **options)
-    expected = theirs.apply_gradients(reference, widen(mine))
+    # Copies: before MLX 0.32.3, SGD adds the weight decay to the gradients it is given.
+    expected = theirs.apply_gradients(copy_tree(reference), widen(mine))
     if filtered:
         options = {**options, "weight_decay": 0.0}
         theirs = getattr(oracle, name)(learning_rate=1e-2, **options)
@@ -362,8 +363,8 @@ def test_any_combination_of_options(
             lambda a, b: a if is_matrix("", a) else b, expected, undecayed
         )
     updated = ours.apply_gradients(gradients, copy_tree(mine))
-    if dtype != mx.float32 and name in ("Adafactor", "Muon"):
-        return  # their reductions and products are MLX's, in half precision
+    if dtype != mx.float32 and name == "Muon":
+        return  # its products may be MLX's, in half precision
     tolerance = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}[dtype]
     assert_trees_match(
         updated, tree_map(lambda x: x.astype(dtype), expected), tolerance, tolerance

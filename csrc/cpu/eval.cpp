@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/factored.h"
 #include "cpu/loops.h"
 #include "cpu/parallel.h"
 #include "graph/fused_update.h"
@@ -162,45 +163,17 @@ void store(const View& view, size_t start, size_t n, const float* values) {
   }
 }
 
-double sum_of_squares(const View& view, size_t start, size_t n) {
+double sum_of_squares(const View& view, size_t start, size_t n, float scale) {
   alignas(64) float buffer[cpu::block_size];
   float lanes[cpu::sum_lanes] = {};
   const size_t block = is_direct(view) ? n : cpu::block_size;
   for (size_t end = start + n; start < end; start += block) {
     const size_t size = std::min(block, end - start);
-    cpu::loops().add_squares(load(view, start, size, buffer), size, lanes);
+    cpu::loops().add_squares(load(view, start, size, buffer), size, scale,
+                             lanes);
   }
   return std::accumulate(std::begin(lanes), std::end(lanes), 0.0);
 }
-
-// Elements from which a second thread is worth its while.
-constexpr size_t worth_sharing = 2 * piece_size;
-
-// Calls piece(number, tensor, number in the tensor) for each piece of work of
-// several tensors, of which counts has the pieces; on several threads where
-// there are this many elements.
-template <typename F>
-void for_each_piece(const std::vector<size_t>& counts, size_t elements,
-                    F piece) {
-  std::vector<size_t> first = {0};  // the number of each tensor's first piece
-  for (const size_t count : counts) {
-    first.push_back(first.back() + count);
-  }
-  const auto run = [&](size_t i) {
-    const size_t tensor =
-        std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
-    piece(i, tensor, i - first[tensor]);
-  };
-  if (elements >= worth_sharing) {
-    cpu::parallel_for(first.back(), run);
-    return;
-  }
-  for (size_t i = 0; i < first.back(); ++i) {
-    run(i);
-  }
-}
-
-size_t divided_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // One group's update, as the stream's thread runs it.
 struct UpdateTask {
@@ -433,6 +406,26 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
       can_wait ? std::function<void()>([this] { mx::synchronize(stream()); })
                : nullptr);
 
+  // Dispatched once: when that throws, nothing has been done.
+  const auto dispatch = [&](auto task) {
+    mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
+    placement.commit();
+    if (is_owner) {
+      held_.clear();
+    }
+    // The task keeps what it reads. MLX would keep all of it a second time.
+    for (auto& out : outputs) {
+      if (&out.inputs() == &inputs && !out.is_tracer()) {
+        out.inputs().clear();
+        break;
+      }
+    }
+  };
+  if (layout.rule->is_factored()) {
+    dispatch(factored_task(update_, inputs, outputs, placement));
+    return;
+  }
+
   UpdateTask task{layout.rule};
   for (const auto& set : *update_.sets) {
     task.numbers.push_back(numbers(set));
@@ -475,19 +468,7 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
   scalar(task.gradient_scale, gradient_scale);
   scalar(task.skip, skip);
 
-  // The only dispatch: when it throws, nothing has been done.
-  mx::cpu::get_command_encoder(stream()).dispatch(std::move(task));
-  placement.commit();
-  if (is_owner) {
-    held_.clear();
-  }
-  // The task keeps what it reads. MLX would keep all of it a second time.
-  for (auto& out : outputs) {
-    if (&out.inputs() == &inputs && !out.is_tracer()) {
-      out.inputs().clear();
-      break;
-    }
-  }
+  dispatch(std::move(task));
 }
 
 void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
@@ -513,25 +494,32 @@ void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
               typename std::decay_t<decltype(values)>::value_type());
         };
         std::vector<double> partials(sum_up(counts));
-        for_each_piece(counts, sum_up(sizes),
-                       [&](size_t number, size_t tensor, size_t piece) {
-                         const size_t begin = piece * large_piece_size;
-                         const size_t end =
-                             std::min(begin + large_piece_size, sizes[tensor]);
-                         for (size_t i = begin; i < end; i += piece_size) {
-                           partials[number] += sum_of_squares(
-                               views[tensor], i, std::min(piece_size, end - i));
-                         }
-                       });
-        double total = 0;
+        const auto sum_all = [&](float scale) {
+          std::fill(partials.begin(), partials.end(), 0.0);
+          for_each_piece(
+              counts, sum_up(sizes),
+              [&](size_t number, size_t tensor, size_t piece) {
+                const size_t begin = piece * large_piece_size;
+                const size_t end =
+                    std::min(begin + large_piece_size, sizes[tensor]);
+                for (size_t i = begin; i < end; i += piece_size) {
+                  partials[number] += sum_of_squares(
+                      views[tensor], i, std::min(piece_size, end - i), scale);
+                }
+              });
+          return sum_up(partials);
+        };
+        const double total = sum_all(1);
         auto partial = partials.begin();
-        for (size_t i = 0; i < counts.size(); ++i) {
-          const double sum = std::accumulate(partial, partial + counts[i], 0.0);
-          partial += counts[i];
-          sums[i] = static_cast<float>(sum);
-          total += sum;
+        for (size_t i = 0; i < counts.size(); partial += counts[i++]) {
+          sums[i] = static_cast<float>(
+              std::accumulate(partial, partial + counts[i], 0.0));
         }
-        *norm = std::sqrt(static_cast<float>(total));
+        // The root of a sum in double fits into float32 where the sum does not.
+        const double root = std::isfinite(total)
+                                ? std::sqrt(total)
+                                : std::sqrt(sum_all(norm_scale)) / norm_scale;
+        *norm = static_cast<float>(root);
         *factor = std::min(*max_norm / (*norm + 1e-6f), 1.0f);
       });
 }

@@ -18,6 +18,8 @@
 #define MLX_FUSED_VECTORIZE _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #endif
 
+#include "cpu/factored_loops.h"
+
 namespace mlx_fused::cpu {
 
 namespace {
@@ -303,17 +305,19 @@ void update(int rule, const float* numbers, float learning_rate, float step,
                      n, std::make_integer_sequence<int, rule_count>());
 }
 
-void add_squares(const float* x, size_t n, float* lanes) {
+void add_squares(const float* x, size_t n, float scale, float* lanes) {
   float sums[sum_lanes];
   memcpy(sums, lanes, sizeof(sums));
   size_t i = 0;
   for (; i + sum_lanes <= n; i += sum_lanes) {
     for (size_t lane = 0; lane < sum_lanes; ++lane) {
-      sums[lane] += x[i + lane] * x[i + lane];
+      const float value = x[i + lane] * scale;
+      sums[lane] += value * value;
     }
   }
   for (size_t lane = 0; i < n; ++i, ++lane) {
-    sums[lane] += x[i] * x[i];
+    const float value = x[i] * scale;
+    sums[lane] += value * value;
   }
   memcpy(lanes, sums, sizeof(sums));
 }
@@ -406,6 +410,9 @@ const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
                                update<Float16>,
                                update<BFloat16>,
                                add_squares,
+                               sum_squares,
+                               sum_direction,
+                               write_factored_row,
                                turn,
                                Float16::load,
                                Float16::store,

@@ -32,14 +32,36 @@ using Update = void (*)(int rule, const float* numbers, float learning_rate,
                         float step, float gradient_scale, const Block<T>& block,
                         size_t n);
 
+// Part of a matrix' row in the last pass of Adafactor.
+struct FactoredRow {
+  const float* numbers;  // of the rule
+  float factor;          // of the row
+  const float* columns;  // factors
+  const float* gradient;
+  float size;         // that the direction is multiplied by
+  float scaled_rate;  // that decay is
+  const float* parameter;
+  float* new_parameter;
+  const float* moment;  // null if there is none
+  float* new_moment;
+};
+
 struct Loops {
   const char* name;  // of the instruction set
 
   Update<float> update;
   Update<uint16_t> update_float16;
   Update<uint16_t> update_bfloat16;
-  // Adds the squares of n values to the lanes.
-  void (*add_squares)(const float* x, size_t n, float* lanes);
+  // Adds the squares of n values times scale to the lanes.
+  void (*add_squares)(const float* x, size_t n, float scale, float* lanes);
+
+  // The sum of n squares, each of which is added to its column too, if these
+  // are given.
+  double (*sum_squares)(const float* x, size_t n, float* columns);
+  // The sum of squares of the direction of Adafactor's update.
+  double (*sum_direction)(float row, const float* columns, const float* g,
+                          size_t n);
+  void (*write_factored)(const FactoredRow& row, size_t n);
 
   // Writes rows x columns elements of 2 or 4 bytes in row-major order: element
   // (row, column) is read from in + row + column * column_stride. The elements

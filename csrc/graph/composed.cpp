@@ -5,12 +5,14 @@
 #include <tuple>
 #include <utility>
 
+#include "graph/factored.h"
 #include "mlx/ops.h"
 #include "mlx/utils.h"
 #include "rules.h"
 // Rules find the functions of nodes by their namespace, which lies around that
 // of the rules.
 #include "graph/node.h"
+#include "graph/sums_of_squares.h"
 
 namespace mlx_fused {
 
@@ -27,14 +29,7 @@ void apply(const Hyperparameters& hyperparameters, const Node& rate,
            std::vector<Node>& slots) {
   using Rule = typename RegisteredRule<index>::template Type<Node>;
   Rule rule;
-  if constexpr (Rule::numbers > 0) {
-    auto value = hyperparameters.begin();
-    const auto next = [&] {
-      return std::visit([](const auto& x) { return number_of(x); }, *value++);
-    };
-    std::apply([&](auto&... number) { ((number = next()), ...); },
-               rule.all_numbers());
-  }
+  set_numbers(rule, hyperparameters);
   rule.prepare(rate, step);
   Node none;
   Node& parameter = Rule::reads_parameter ? slots.front() : none;
@@ -106,21 +101,27 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
         slots.back() =
             mx::astype(slots.back().array() * scalar(gradient_scale), dtype);
       }
+      // Adafactor multiplies its scalars with the parameter's root mean square.
+      const auto like = rule.is_factored() ? slots[0].array().dtype() : dtype;
+      const bool is_whole =
+          rule.is_factored() && !mx::issubdtype(like, mx::inexact);
+      const auto scalar_dtype = is_whole ? mx::float32 : like;
       Node rate, count;
       if (layout.has[learning_rate]) {
         auto given_rate = scalar(learning_rate);
         if (has_pairs && given_rate.ndim() > 0) {
           given_rate = mx::expand_dims(given_rate, -1);
         }
-        rate = mx::astype(given_rate, dtype);
+        rate = mx::astype(given_rate, scalar_dtype);
       }
       if (layout.has[step]) {
-        count = !is_usual && mx::issubdtype(dtype, mx::floating)
-                    ? mx::astype(scalar(step), dtype)
+        count = !is_usual && mx::issubdtype(scalar_dtype, mx::floating)
+                    ? mx::astype(scalar(step), scalar_dtype)
                     : scalar(step);
       }
-      apply_table[rule.index]((*update.sets)[entry.hyperparameters], rate,
-                              count, rule, slots);
+      const Apply apply =
+          rule.is_factored() ? apply_factored : apply_table[rule.index];
+      apply((*update.sets)[entry.hyperparameters], rate, count, rule, slots);
       for (const int k : rule.written()) {
         auto result =
             has_pairs ? from_pairs(slots[k].array()) : slots[k].array();
@@ -132,11 +133,13 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
         if (has_pairs) {
           continue;
         }
-        if (keep_dtypes) {
-          output = mx::astype(output, given[k].dtype());
-        } else if (is_usual) {
-          output = mx::astype(output, promoted(rule, dtypes, k));
+        const auto target = keep_dtypes ? given[k].dtype()
+                            : is_usual  ? promoted(rule, dtypes, k)
+                                        : output.dtype();
+        if (target == mx::float16 && rule.is_mean(k)) {
+          output = mx::minimum(output, mx::array(most_of_float16));
         }
+        output = mx::astype(output, target);
       }
     }
     return outputs;
@@ -146,12 +149,19 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
 Function composed_sums(mx::Stream stream) {
   return [=](const Arrays& inputs) {
     const mx::StreamContext context(stream);
-    Arrays sums;
-    for (size_t i = 0; i + 1 < inputs.size(); ++i) {
-      sums.push_back(mx::sum(mx::square(mx::astype(inputs[i], mx::float32))));
-    }
-    const auto all = sums.empty() ? mx::zeros({0}) : mx::stack(sums);
-    const auto norm = mx::sqrt(mx::sum(all));
+    const auto sums_of = [&](float scale) {
+      Arrays sums;
+      for (size_t i = 0; i + 1 < inputs.size(); ++i) {
+        const auto x = mx::astype(inputs[i], mx::float32);
+        sums.push_back(mx::sum(mx::square(x * mx::array(scale))));
+      }
+      return sums.empty() ? mx::zeros({0}) : mx::stack(sums);
+    };
+    const auto all = sums_of(1);
+    const auto usual = mx::sqrt(mx::sum(all));
+    const auto scaled =
+        mx::sqrt(mx::sum(sums_of(norm_scale))) / mx::array(norm_scale);
+    const auto norm = mx::where(mx::isfinite(usual), usual, scaled);
     const auto factor =
         mx::minimum(inputs.back() / (norm + mx::array(1e-6f)), mx::array(1.0f));
     return Arrays{all, norm, factor};

@@ -4,9 +4,12 @@
 
 #include <cmath>
 #include <optional>
+#include <tuple>
+#include <variant>
 
 #include "mlx/ops.h"
 #include "mlx/utils.h"
+#include "rule_traits.h"
 #include "rules.h"
 
 namespace mlx_fused {
@@ -67,6 +70,10 @@ inline Node smaller(const Node& a, const Node& b) {
   return mx::minimum(a.beside(b), b.beside(a));
 }
 
+inline Node power(const Node& a, const Node& b) {
+  return mx::power(a.beside(b), b.beside(a));
+}
+
 inline Node one_minus_power(const Number<Node>& beta, const Node& step) {
   return mx::negative(mx::expm1((step * beta.logarithm).array()));
 }
@@ -76,5 +83,18 @@ inline Number<Node> number_of(const Node& x) {
 }
 
 inline Number<Node> number_of(double x) { return {x, 1 - x, std::log(x)}; }
+
+// Gives a rule its hyper-parameters.
+template <typename Rule>
+void set_numbers(Rule& rule, const Hyperparameters& hyperparameters) {
+  if constexpr (Rule::numbers > 0) {
+    auto value = hyperparameters.begin();
+    const auto next = [&] {
+      return std::visit([](const auto& x) { return number_of(x); }, *value++);
+    };
+    std::apply([&](auto&... number) { ((number = next()), ...); },
+               rule.all_numbers());
+  }
+}
 
 }  // namespace mlx_fused

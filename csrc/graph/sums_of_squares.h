@@ -6,6 +6,10 @@
 
 namespace mlx_fused {
 
+// Squares of numbers above 1.8e19 overflow float32. Where their sum does, the
+// norm is that of the numbers times this, divided by it.
+constexpr float norm_scale = 0x1p-80f;
+
 using mx::array;  // MLX's DEFINE_ macros name it without its namespace
 
 // Inputs: the arrays, then max_norm, a float32 scalar. Outputs, in float32: the

@@ -14,6 +14,8 @@
 #include "graph/placement.h"
 #include "graph/sums_of_squares.h"
 #include "metal/backend.h"
+#include "metal/encode.h"
+#include "metal/factored.h"
 #include "metal/kernel_source.h"
 #include "metal/launch.h"
 #include "metal_sources.h"
@@ -29,9 +31,8 @@ constexpr size_t sums_threads = 1024;
 // Metal takes less than 4 KiB of constant bytes.
 constexpr size_t max_walk_entries = 4096 / sizeof(int64_t) - 1;
 
-using Pipeline = MTL::ComputePipelineState*;
+}  // namespace
 
-// A kernel by its name, compiled when it is first needed.
 Pipeline build(mx::Stream stream, const std::string& name,
                const std::function<std::string()>& source) {
   try {
@@ -48,7 +49,9 @@ Pipeline build(mx::Stream stream, const std::string& name,
   }
 }
 
-// The same of an update, found again without its name.
+namespace {
+
+// A kernel of an update, found again without its name.
 Pipeline pipeline(mx::Stream stream, const UpdateKernel& kernel) {
   using Key = std::tuple<int, std::vector<mx::Dtype::Val>, bool, bool>;
   static std::mutex mutex;
@@ -170,6 +173,8 @@ bool is_vectorizable(const mx::array& a) {
   return a.offset() % (vector_size * static_cast<int64_t>(a.itemsize())) == 0;
 }
 
+}  // namespace
+
 void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
   const auto walk = collapse(in);
   LaunchTensor tensor{};
@@ -187,6 +192,8 @@ void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
       MTL::Size((in.size() + tile_size - 1) / tile_size, 1, 1),
       MTL::Size(tile_threads, 1, 1));
 }
+
+namespace {
 
 // The gradient itself, or a contiguous copy if its strides do not fit.
 mx::array add_gradient(Launch& launch, const mx::array& gradient,
@@ -211,6 +218,10 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   }
   const auto& layout = update_.layout;
   const auto& rule = *layout.rule;
+  if (rule.is_factored()) {
+    eval_factored(update_, inputs, outputs, stream());
+    return;
+  }
   UpdateKernel kernel{&rule, {}};
   for (int slot = 0; slot < layout.slots(); ++slot) {
     kernel.dtypes.push_back(inputs[layout.input(0, slot)].dtype());
@@ -339,7 +350,7 @@ void SumsOfSquares::eval_gpu(const Arrays& inputs, Arrays& outputs) {
     allocate(output);
   }
   // At least one, so that there is a buffer to bind when all arrays are empty.
-  mx::array partials({static_cast<int>(std::max(first.back(), 1u))},
+  mx::array partials({2 * static_cast<int>(std::max(first.back(), 1u))},
                      mx::float32, nullptr, {});
   allocate(partials);
   mx::array firsts({static_cast<int>(count) + 1}, mx::uint32, nullptr, {});

@@ -165,7 +165,7 @@ std::string sums_kernel_source(mx::Dtype dtype) {
     }
   }
   return sums_source + "\n[[kernel]] void " + sums_kernel_name(dtype) + "(\n" +
-         buffers + buffer("device float*", "partials", partials_buffer) +
+         buffers + buffer("device float2*", "partials", partials_buffer) +
          buffer("constant LaunchTensor*", "tensors", sums_tensors) +
          buffer("constant int64_t*", "walks", sums_walks) +
          "    uint tile [[threadgroup_position_in_grid]],\n"
@@ -173,7 +173,7 @@ std::string sums_kernel_source(mx::Dtype dtype) {
          "    uint simdgroups [[simdgroups_per_threadgroup]],\n"
          "    uint simdgroup [[simdgroup_index_in_threadgroup]],\n"
          "    uint lane [[thread_index_in_simdgroup]]) {\n"
-         "  threadgroup float sums[simd_size];\n"
+         "  threadgroup float sums[2 * simd_size];\n"
          "  const uint i = tensor_of_tile(tile, tensors);\n" +
          choice +
          "  sum_tile(in, tensors[i], walks, partials, sums, tile, "

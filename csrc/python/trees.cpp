@@ -261,9 +261,11 @@ bool Leaves::update(Request request,
       }
       auto& array = state.back();
       check_is_there(array);
-      // It would widen the parameter, or take the place of its own.
+      // It would widen the parameter, or be widened. Gradients that broadcast
+      // make such a state when they are the first step's.
       if (is_array(parameters_[i]) &&
-          array.shape() != array_of(parameters_[i]).shape()) {
+          array.shape() != array_of(parameters_[i]).shape() &&
+          array.shape() != array_of(gradients_[i]).shape()) {
         std::ostringstream message;
         message << "the state " << name << " has shape " << array.shape()
                 << "; expected " << array_of(parameters_[i]).shape();

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from .._kernels import kernels
-from .base import FUSED_DTYPES, Clip, FusedOptimizer, LearningRate
+from .base import Clip, FusedOptimizer, LearningRate, as_array
+from .matrices import refuse_complex
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,8 +31,10 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         u_t &= g_t / \sqrt{r_t c_t / \text{mean}(r_t)} \\
         w_t &= w_{t-1} - \alpha_t u_t / \max(1, \text{RMS}(u_t) / d)
 
-    The reductions are MLX's; scaling, first moment, decay and the write of the
-    parameter are one kernel, in place. Source: Shazeer and Stern, "Adafactor: Adaptive
+    A vector's :math:`s_t` is averaged as it is. Three passes, each over several
+    tensors, do it in place: the means, the root mean square of :math:`u_t`, which is
+    not stored, and the write. All is computed in float32 and rounded once; float16
+    means of squares stay at most 65504. Source: Shazeer and Stern, "Adafactor: Adaptive
     learning rates with sublinear memory cost", ICML 2018.
 
     State of a parameter: ``exp_avg_sq_row`` and ``exp_avg_sq_col`` of the parameter's
@@ -62,6 +64,7 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
 
     Raises:
         ValueError: If ``max_grad_norm`` is negative.
+        TypeError: In a step, if a parameter or gradient is complex.
     """
 
     def __init__(
@@ -91,89 +94,38 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         )
         self._set_options(**options)
 
-    def _rule(self) -> str:
-        return "Adafactor" if self.beta_1 is None else "AdafactorWithMoment"
-
     def _hyperparameters(self) -> dict[str, Any]:
-        decay = {"weight_decay": self.weight_decay}
-        return decay if self.beta_1 is None else {"beta1": self.beta_1, **decay}
+        eps, least_scale = self.eps
+        return {
+            "eps": eps,
+            "least_scale": least_scale,
+            "clip_threshold": self.clip_threshold,
+            "decay_rate": self.decay_rate,
+            "beta1": 0.0 if self.beta_1 is None else self.beta_1,
+            "weight_decay": self.weight_decay,
+            "scale_parameter": float(self.scale_parameter),
+            "relative_step": float(self.relative_step),
+            "warmup_init": float(self.warmup_init),
+        }
 
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
-        sets, set_of = self._sets(leaves)
+        parameters = leaves.parameters
+        refuse_complex(type(self).__name__, leaves.tree, parameters, leaves.gradients)
         # MLX 0.32.4 may not return from reductions of arrays without elements.
-        chosen = [i for i, p in enumerate(leaves.parameters) if p.size > 0]
-        for i in reversed(chosen):
-            state_dtype = self._promote(leaves, i)
-            rms = _root_mean_square(leaves.parameters[i])
-            learning_rate = self._compute_learning_rate(self.step, rms)
-            direction = self._direction(leaves, i, clip, state_dtype)
-            leaves.set_gradient(i, direction)
-            step_size = learning_rate / mx.maximum(
-                1.0, _root_mean_square(direction) / self.clip_threshold
-            )
-            self._run(
-                leaves,
-                self._rule(),
-                sets,
-                sets=None if set_of is None else [set_of[i]],
-                learning_rate=learning_rate,
-                gradient_scale=step_size,
-                skip=clip.skip,
-                indices=[i],
-                state_dtype=state_dtype,
-            )
-
-    def _promote(self, leaves: Leaves, i: int) -> mx.Dtype | None:
-        """The dtype that a leaf's state takes, after its parameter is widened.
-
-        None, and nothing done, where upstream's promotions are to happen by themselves.
-        """
-        parameter, state = leaves.parameters[i], leaves.states[i]
-        dtypes = {x.dtype for x in (leaves.gradients[i], parameter, *state.values())}
-        if not dtypes <= {*FUSED_DTYPES}:
-            return None
-        if self.state_dtype is not None:
-            return self.state_dtype
-        dtype = dtypes.pop() if len(dtypes) == 1 else mx.float32
-        if parameter.dtype != dtype:
-            leaves.set_parameter(i, parameter.astype(dtype))
-        return dtype
-
-    def _direction(
-        self, leaves: Leaves, i: int, clip: Clip, state_dtype: mx.Dtype | None
-    ) -> mx.array:
-        """The gradient over the root of its running mean square.
-
-        The means of the scaled gradient become the leaf's state.
-        """
-        gradient, state = leaves.gradients[i], leaves.states[i]
-        if clip.scale is not None:
-            gradient = gradient * clip.scale
-        beta_2 = 1.0 - self.step**self.decay_rate
-        square = mx.square(gradient.astype(mx.float32)) + self.eps[0]
-
-        def running(key: str, mean: mx.array) -> mx.array:
-            before = self._cast(state[key])
-            mean = beta_2 * before + (1 - beta_2) * mean
-            after = mean if state_dtype is None else mean.astype(state_dtype)
-            if clip.skip is not None:
-                after = mx.where(clip.skip, before, after)
-            leaves.set_state(i, key, after)
-            return mean
-
-        if gradient.ndim < 2:
-            inverse_root = mx.rsqrt(running("exp_avg_sq", square))
-        else:
-            rows = running("exp_avg_sq_row", mx.mean(square, axis=-1))
-            columns = running("exp_avg_sq_col", mx.mean(square, axis=-2))
-            inverse_root = self._approximate_exp_moving_avg(rows, columns)
-        direction: mx.array = inverse_root * gradient
-        return direction
-
-
-def _root_mean_square(x: mx.array) -> mx.array:
-    if x.dtype not in FUSED_DTYPES:
-        return mx.sqrt(mx.mean(mx.square(x)))
-    # Without an array of squares.
-    sums, _, _ = kernels.sums_of_squares([x], mx.array(1.0))
-    return mx.sqrt(sums.squeeze() / x.size)
+        chosen = [i for i, p in enumerate(parameters) if getattr(p, "size", 1) > 0]
+        is_matrix = [getattr(p, "ndim", 0) >= 2 for p in parameters]
+        sets, set_of = self._sets(leaves)
+        rate = mx.array(0.0) if self.relative_step else as_array(self.learning_rate)
+        for kind in ("Matrix", "Vector"):
+            indices = [i for i in chosen if is_matrix[i] == (kind == "Matrix")]
+            if indices:
+                self._run(
+                    leaves,
+                    f"Adafactor{kind}{'' if self.beta_1 is None else 'WithMoment'}",
+                    sets,
+                    sets=None if set_of is None else [set_of[i] for i in indices],
+                    learning_rate=rate,
+                    gradient_scale=clip.scale,
+                    skip=clip.skip,
+                    indices=indices,
+                )

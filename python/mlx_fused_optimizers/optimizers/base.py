@@ -590,9 +590,13 @@ class FusedOptimizer(Optimizer):
     def _check_states(self, leaves: Leaves) -> None:
         """Find states of another shape; where a kernel reads them, it does this."""
         shapes_of = cache(lambda shape: self._shapes(mx.zeros(shape)))
-        for parameter, state in zip(leaves.parameters, leaves.states, strict=True):
-            for key, shape in shapes_of(parameter.shape).items():
-                if state[key].shape != shape:
+        for gradient, parameter, state in zip(
+            leaves.gradients, leaves.parameters, leaves.states, strict=True
+        ):
+            # Gradients that broadcast make a state of their shape.
+            wanted, other = shapes_of(parameter.shape), shapes_of(gradient.shape)
+            for key, shape in wanted.items():
+                if state[key].shape not in (shape, other[key]):
                     raise ValueError(f"the state {key} has shape {state[key].shape}")
 
     def _apply_one(
@@ -681,12 +685,6 @@ class FusedOptimizer(Optimizer):
                         f"[{name}] the {kind} of '{path}' is of type "
                         f"{type(array).__name__}; expected an mx.array"
                     ) from error
-            for key, like in expected.items():
-                if state[key].shape != like.shape:
-                    raise ValueError(
-                        f"[{name}] the {key} of '{path}' has shape {state[key].shape}; "
-                        f"expected {like.shape}. When a model has changed, call {INIT}"
-                    ) from error
             try:
                 mx.broadcast_shapes(gradient.shape, parameter.shape)
             except ValueError:
@@ -694,3 +692,9 @@ class FusedOptimizer(Optimizer):
                     f"[{name}] the gradient of '{path}' has shape {gradient.shape}; "
                     f"expected {parameter.shape}"
                 ) from error
+            for key, like in expected.items():
+                if state[key].shape != like.shape:
+                    raise ValueError(
+                        f"[{name}] the {key} of '{path}' has shape {state[key].shape}; "
+                        f"expected {like.shape}. When a model has changed, call {INIT}"
+                    ) from error
