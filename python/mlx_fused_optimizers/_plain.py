@@ -202,7 +202,7 @@ class Leaves:
             value = state.get(key) if isinstance(state, dict) else None
             if isinstance(value, mx.array):
                 if key not in rule.state_names[: _means(rule)]:
-                    _check_state(key, value, self._parameters[i])
+                    _check_state(key, value, self._parameters[i], self._gradients[i])
                 # There is no half a complex number.
                 if state_dtype is not None and value.dtype != mx.complex64:
                     value = value.astype(state_dtype)
@@ -450,9 +450,13 @@ def _with_numbers(rule: Any, values: dict[str, Any]) -> Any:
     return prepared
 
 
-def _check_state(key: str, value: mx.array, parameter: Any) -> None:
-    """It would widen the parameter, or take the place of its own."""
-    if isinstance(parameter, mx.array) and value.shape != parameter.shape:
+def _check_state(key: str, value: mx.array, parameter: Any, gradient: mx.array) -> None:
+    """It would widen the parameter, or be widened.
+
+    Gradients that broadcast make such a state when they are the first step's.
+    """
+    expected = getattr(parameter, "shape", value.shape)
+    if value.shape not in (expected, gradient.shape):
         raise ValueError(
             f"the state {key} has shape {_shape(value)}; expected {_shape(parameter)}"
         )
