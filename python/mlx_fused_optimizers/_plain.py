@@ -201,8 +201,7 @@ class Leaves:
             state = self._states[i]
             value = state.get(key) if isinstance(state, dict) else None
             if isinstance(value, mx.array):
-                if key not in rule.state_names[: _means(rule)]:
-                    _check_state(key, value, self._parameters[i], self._gradients[i])
+                _check_state(rule, key, value, self._parameters[i], self._gradients[i])
                 # There is no half a complex number.
                 if state_dtype is not None and value.dtype != mx.complex64:
                     value = value.astype(state_dtype)
@@ -450,20 +449,29 @@ def _with_numbers(rule: Any, values: dict[str, Any]) -> Any:
     return prepared
 
 
-def _check_state(key: str, value: mx.array, parameter: Any, gradient: mx.array) -> None:
+def _check_state(
+    rule: Any, key: str, value: mx.array, parameter: Any, gradient: mx.array
+) -> None:
     """It would widen the parameter, or be widened.
 
     Gradients that broadcast make such a state when they are the first step's.
     """
-    expected = getattr(parameter, "shape", value.shape)
-    if value.shape not in (expected, gradient.shape):
+    if not rule.reads_parameter or not isinstance(parameter, mx.array):
+        return
+    axis = {"exp_avg_sq_row": -1, "exp_avg_sq_col": -2}.get(key)  # the one averaged
+    shapes = [[*x.shape] for x in (parameter, gradient)]
+    if axis is not None and _means(rule) == 2:
+        for shape in shapes:
+            del shape[axis]
+    if [*value.shape] not in shapes:
         raise ValueError(
-            f"the state {key} has shape {_shape(value)}; expected {_shape(parameter)}"
+            f"the state {key} has shape {_shape(value.shape)}; expected "
+            f"{_shape(shapes[0])}"
         )
 
 
-def _shape(x: mx.array) -> str:
-    return f"({','.join(map(str, x.shape))})"
+def _shape(shape: Sequence[int]) -> str:
+    return f"({','.join(map(str, shape))})"
 
 
 def _check_sets(set_of: Sequence[int], tensors: int, sets: int) -> None:
@@ -489,7 +497,8 @@ def _scalar(
     if value.size != 1 and value.shape != (entries,):
         more = f" or ({entries})" if entries != 1 else ""
         raise ValueError(
-            f"[fused_update] {name} has shape {_shape(value)}; expected a scalar{more}."
+            f"[fused_update] {name} has shape {_shape(value.shape)}; expected a "
+            f"scalar{more}."
         )
     if value.size == 1:
         value = value.reshape(())
