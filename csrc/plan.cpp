@@ -223,7 +223,7 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
     if (set >= request.sets.size()) {
       throw std::invalid_argument(
           "[fused_update] a tensor has hyper-parameter set " +
-          std::to_string(set) + "; there are " +
+          std::to_string(static_cast<size_t>(set)) + "; there are " +
           std::to_string(request.sets.size()) + ".");
     }
   }

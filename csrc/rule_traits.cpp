@@ -1,7 +1,6 @@
 #include "rule_traits.h"
 
 #include <cmath>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -12,11 +11,14 @@ namespace mlx_fused {
 namespace {
 
 // "a, b, c" in parts.
-std::vector<std::string> split(const char* text) {
-  std::vector<std::string> parts;
-  std::istringstream stream(text);
-  for (std::string part; std::getline(stream >> std::ws, part, ',');) {
-    parts.push_back(part);
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts(1);
+  for (const char c : text) {
+    if (c == ',') {
+      parts.emplace_back();
+    } else if (c != ' ' && c != '\n') {
+      parts.back() += c;
+    }
   }
   return parts;
 }

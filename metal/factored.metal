@@ -513,9 +513,9 @@ struct WriteSlots {
   const device G* gradient;
 };
 
-template <bool has_moment, typename P, typename G, typename M>
+template <bool has_moment, typename Slots>
 METAL_FUNC void write_update(
-    const thread WriteSlots<P, G, M>& slots,
+    const thread Slots& slots,
     constant FactoredTensor& tensor,
     constant int64_t* walks,
     const thread Adafactor<float>& rule,

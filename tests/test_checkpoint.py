@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from mlx_fused_optimizers import checkpoint
-from support import every_optimizer, fill, snapshot, trees
+from support import every_optimizer, fill, oracle, snapshot, trees
 
 
 class Network(nn.Module):  # type: ignore[misc, unused-ignore]
@@ -73,7 +73,7 @@ def refused(path: Path, model: Any, optimizer: Any, **options: Any) -> str:
 # What is saved comes back
 
 
-@pytest.mark.parametrize("library", [optim, stock], ids=["ours", "stock"])
+@pytest.mark.parametrize("library", [optim, oracle], ids=["ours", "stock"])
 @every_optimizer
 def test_a_resumed_run_ends_in_the_same_bits(
     backend: str, name: str, options: dict[str, Any], library: Any, tmp_path: Path
@@ -121,7 +121,7 @@ def mixed(library: Any = optim, eps: float = 1e-8) -> Any:
     )
 
 
-@pytest.mark.parametrize("library", [optim, stock], ids=["ours", "stock"])
+@pytest.mark.parametrize("library", [optim, oracle], ids=["ours", "stock"])
 def test_nested_multi_optimizers(library: Any, tmp_path: Path) -> None:
     def build(seed: int) -> tuple[Network, stock.Optimizer]:
         model = Network(seed)

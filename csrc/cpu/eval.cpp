@@ -264,7 +264,8 @@ struct UpdateTask {
       const size_t rows = std::min(rows_at_once, end_row - row);
       for (size_t column = 0; column < static_cast<size_t>(t.columns);
            column += columns_each) {
-        const size_t columns = std::min(columns_each, t.columns - column);
+        const size_t columns =
+            std::min<size_t>(columns_each, t.columns - column);
         const auto address = [&](size_t row, size_t column) {
           return view.at(in_gradient + row + column * t.column_stride);
         };

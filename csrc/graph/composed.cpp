@@ -149,19 +149,18 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
 Function composed_sums(mx::Stream stream) {
   return [=](const Arrays& inputs) {
     const mx::StreamContext context(stream);
-    const auto sums_of = [&](float scale) {
+    const auto sums_of = [&](const mx::array& scale) {
       Arrays sums;
       for (size_t i = 0; i + 1 < inputs.size(); ++i) {
         const auto x = mx::astype(inputs[i], mx::float32);
-        sums.push_back(mx::sum(mx::square(x * mx::array(scale))));
+        sums.push_back(mx::sum(mx::square(x * scale)));
       }
       return sums.empty() ? mx::zeros({0}) : mx::stack(sums);
     };
-    const auto all = sums_of(1);
-    const auto usual = mx::sqrt(mx::sum(all));
-    const auto scaled =
-        mx::sqrt(mx::sum(sums_of(norm_scale))) / mx::array(norm_scale);
-    const auto norm = mx::where(mx::isfinite(usual), usual, scaled);
+    const auto all = sums_of(mx::array(1.0f));
+    const auto scale = mx::stop_gradient(mx::where(
+        mx::isfinite(mx::sum(all)), mx::array(1.0f), mx::array(norm_scale)));
+    const auto norm = mx::sqrt(mx::sum(sums_of(scale))) / scale;
     const auto factor =
         mx::minimum(inputs.back() / (norm + mx::array(1e-6f)), mx::array(1.0f));
     return Arrays{all, norm, factor};

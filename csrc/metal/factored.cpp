@@ -142,7 +142,9 @@ std::array<Pass, 4> passes_of(const RuleTraits& rule,
   const int gradient = static_cast<int>(rule.slots.size()) - 1;
   const int column = rule.means, moment = rule.means + 1;
   const bool has_moment = moment < gradient;
-  const auto scalar = [](Scalar kind) { return first_scalar + kind; };
+  const auto scalar = [](Scalar kind) {
+    return static_cast<int>(first_scalar) + kind;
+  };
   std::vector<Argument> means = {{"column", column},
                                  {"new_column", column, true}};
   if (rule.means == 2) {

@@ -114,7 +114,7 @@ std::string UpdateKernel::source() const {
     }
     const auto& [name, dtype, type] = scalar_kinds[kind];
     buffers += buffer(std::string("constant ") + type + "*", name,
-                      scalars_buffer + kind);
+                      static_cast<int>(scalars_buffer) + kind);
     return std::string(name) + "[tensors[i].scalars[" + std::to_string(kind) +
            "]]";
   };

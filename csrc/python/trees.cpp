@@ -263,13 +263,18 @@ bool Leaves::update(Request request,
       check_is_there(array);
       // It would widen the parameter, or be widened. Gradients that broadcast
       // make such a state when they are the first step's.
-      if (is_array(parameters_[i]) &&
-          array.shape() != array_of(parameters_[i]).shape() &&
-          array.shape() != array_of(gradients_[i]).shape()) {
-        std::ostringstream message;
-        message << "the state " << name << " has shape " << array.shape()
-                << "; expected " << array_of(parameters_[i]).shape();
-        throw std::invalid_argument(message.str());
+      const int slot = static_cast<int>(tensors.states.size());
+      if (reads_parameter && is_array(parameters_[i])) {
+        const auto expected =
+            rule.shape(slot, array_of(parameters_[i]).shape());
+        if (array.shape() != expected &&
+            array.shape() !=
+                rule.shape(slot, array_of(gradients_[i]).shape())) {
+          std::ostringstream message;
+          message << "the state " << name << " has shape " << array.shape()
+                  << "; expected " << expected;
+          throw std::invalid_argument(message.str());
+        }
       }
       // There is no half a complex number.
       if (state_dtype && array.dtype() != *state_dtype &&
