@@ -1,5 +1,6 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
 # make test    run the tests on every backend that is here; TESTS="-k clip"
+# make test-plain   run the tests on plain MLX operations, without any extension
 # make metal-check  simulate the Metal kernels and cross-compile for macOS
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
@@ -28,7 +29,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') $(wildcard metal/*.h metal/*.metal)
 
-.PHONY: demo test simulator metal-check bench metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
+.PHONY: demo test test-plain simulator metal-check bench metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -36,6 +37,14 @@ demo: $(STAMPS)/package $(STAMPS)/examples
 
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench simulator
 	$(BIN)/python -m pytest $(TESTS)
+
+# The package as it is for an MLX that no extension fits: nothing is compiled.
+PLAIN := build/plain
+test-plain: $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench
+	rm -rf $(PLAIN) && mkdir -p $(PLAIN)
+	cp -R python/mlx_fused_optimizers $(PLAIN)
+	cp metal/update_rules.h $(PLAIN)/mlx_fused_optimizers
+	PYTHONPATH=$(CURDIR)/$(PLAIN) MLX_FUSED_TEST_BACKENDS=plain $(BIN)/python -m pytest $(TESTS)
 
 simulator: $(STAMPS)/simulator
 

@@ -1,8 +1,9 @@
 """The backend fixture: tests that ask for it run on each backend that is here.
 
-MLX_FUSED_TEST_BACKENDS names those to run on alone. With `plain` all tests run on plain
-operations, but for those marked `fused`; without it, compiled steps do not, as MLX
-compiles plain operations with the machine's compiler, which takes minutes.
+MLX_FUSED_TEST_BACKENDS names those to run on alone. With `plain` (`make test-plain`)
+all tests run on plain operations, but for those marked `fused`. Otherwise these are for
+test_plain.py and the comparisons with mlx.optimizers, not compiled: MLX compiles plain
+operations with the machine's compiler, which takes minutes.
 """
 
 import os
@@ -14,10 +15,11 @@ import mlx.core as mx
 import pytest
 from metal_simulator.extension import extension, simulated
 from mlx_fused_optimizers import _plain
-from mlx_fused_optimizers._kernels import using
+from mlx_fused_optimizers._kernels import reason, using
 from support import MLX_VERSION
 
 SIMULATOR = "metal-simulator"
+PLAIN_BY_DEFAULT = {"test_against_mlx.py"}
 # Those that are here; `make test` builds the simulator.
 BACKENDS = ["cpu", "plain"]
 # The simulator reports faults as errors on a stream of the CPU. Before MLX 0.32.1 such
@@ -50,8 +52,10 @@ def _is_left_out(item: pytest.Item) -> bool:
     parameters = {} if call is None else call.params
     if BACKENDS != ["plain"] and parameters.get("backend") != "plain":
         return False
-    is_slow = not wanted and parameters.get("compiled", False)
-    return is_slow or item.get_closest_marker("fused") is not None
+    if item.get_closest_marker("fused") is not None:
+        return True
+    is_short = item.path.name in PLAIN_BY_DEFAULT and not parameters.get("compiled")
+    return not wanted and not is_short
 
 
 @pytest.fixture(params=BACKENDS)
@@ -69,6 +73,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         with using(_plain):
             yield name
     else:
+        assert reason() is None  # plain operations would pass, too
         yield name
     mx.set_default_device(device)
 

@@ -301,6 +301,7 @@ def test_parameters_and_moments_of_any_layout(backend: str, layout: str) -> None
     assert results[0] == results[1]
 
 
+@pytest.mark.fused
 def test_the_number_of_threads_changes_no_bit() -> None:
     mx.set_default_device(mx.cpu)
     rng = np.random.default_rng(0)

@@ -23,6 +23,7 @@ from cross_compile.cross_compile import (
     undefined,
 )
 
+pytestmark = pytest.mark.fused
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build/cross"
 PROGRAM = ROOT / "tests/cross_compile/cross_compile.py"

@@ -308,6 +308,7 @@ print("done")
 """
 
 
+@pytest.mark.fused
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS")
 @pytest.mark.skipif(
     "san.so" in os.environ.get("LD_PRELOAD", ""),

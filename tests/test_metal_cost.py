@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.metal_cost import CASES, Case, fused_cost, stock_cost, transformer
 
+pytestmark = pytest.mark.fused
 # The least that the updates can move: each array read and written once.
 LEAST = {
     "SGD": 12,
@@ -30,7 +31,6 @@ LEAST = {
 FUSED = [case for case in CASES if case.label in LEAST]
 
 
-@pytest.mark.fused
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 @pytest.mark.parametrize("case", FUSED, ids=[case.label for case in FUSED])
 def test_bytes_and_launches_are_the_least(backend: str, case: Case) -> None:
@@ -42,7 +42,6 @@ def test_bytes_and_launches_are_the_least(backend: str, case: Case) -> None:
         assert cost.launches_per_tensor <= 0.34
 
 
-@pytest.mark.fused
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_lines_of_the_cache_on_real_gradients(backend: str, dtype: mx.Dtype) -> None:
@@ -55,7 +54,6 @@ def test_lines_of_the_cache_on_real_gradients(backend: str, dtype: mx.Dtype) -> 
     assert theirs.line_bytes_per_parameter > 100
 
 
-@pytest.mark.fused
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 def test_adafactor_reads_gradients_three_times(backend: str) -> None:
     """Parameter and gradient, the gradient, then all five arrays: 32 bytes.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from metal_simulator.extension import extension
 
+pytestmark = pytest.mark.fused
 ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = """

@@ -18,8 +18,9 @@ import pytest
 from mlx_fused_optimizers import _ext, _kernels, _plain, _rules
 from support import FLOATS, assert_trees_match, fill, leaves_of, random_array, to_numpy
 
+pytestmark = pytest.mark.fused
 # Of one element: Adafactor's rules are tested below.
-RULES = [rule for rule in _ext.rule_names() if not rule.startswith("Adafactor")]
+RULES = [rule for rule in _plain.rule_names() if not rule.startswith("Adafactor")]
 VALUES = {
     "beta1": 0.8,
     "beta2": 0.95,

@@ -17,11 +17,13 @@ import mlx_versions
 import pytest
 from mlx_fused_optimizers import _extension, _requirements
 
+pytestmark = pytest.mark.fused
 LINUX = sys.platform == "linux"
 MLX = Path(mx.__file__).parent
 CORE = Path(mx.__file__).name
-EXTENSION = Path(mlx_fused_optimizers._ext.__file__).name
 VERSION = metadata.version("mlx")
+MODULE = f"_ext_{re.sub(r'[^0-9A-Za-z]', '_', VERSION)}"
+EXTENSION = MODULE + str(sysconfig.get_config_var("EXT_SUFFIX"))
 PYTHON = ".".join(map(str, sys.version_info[:2]))
 MACHINE = platform.machine()
 PROGRAM = "import mlx_fused_optimizers as optim; print(optim.__version__)"
@@ -144,8 +146,7 @@ def ours_for_another_processor(site: Site) -> None:
 
 def ours_for_another_python(site: Site) -> None:
     site.add_mlx()
-    name = EXTENSION.partition(".")[0]
-    other = site.ours / f"{name}.cpython-399-x86_64-linux-gnu.so"
+    other = site.ours / f"{MODULE}.cpython-399-x86_64-linux-gnu.so"
     (site.ours / EXTENSION).rename(other)
 
 
@@ -194,7 +195,7 @@ OTHER_MACHINE = f"a library for another architecture than {MACHINE}"
         (
             ours_for_another_python,
             "ours",
-            f"no {_extension._ext.__name__} for Python {PYTHON} on {MACHINE}",
+            f"no mlx_fused_optimizers.{MODULE} for Python {PYTHON} on {MACHINE}",
             REINSTALL_OURS,
         ),
     ],

@@ -26,6 +26,7 @@ import pytest
 from cross_compile.cross_compile import cross_compile_every
 from mlx_fused_optimizers import __version__
 
+pytestmark = pytest.mark.fused
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 NAME = f"mlx_fused_optimizers-{__version__}"
