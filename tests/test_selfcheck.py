@@ -7,6 +7,8 @@ import sys
 import pytest
 from mlx_fused_optimizers import _ext, selfcheck
 
+pytestmark = pytest.mark.fused
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -32,7 +34,6 @@ def test_table_and_json() -> None:
     assert run("--help").returncode == 0
 
 
-@pytest.mark.fused
 def test_a_failure_is_reported_with_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
