@@ -1,7 +1,8 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
 # make test    run the tests on every backend that is here; TESTS="-k clip"
 # make test-plain   run the tests on plain MLX operations, without any extension
-# make metal-check  simulate the Metal kernels and cross-compile for macOS
+# make metal-check  simulate the Metal kernels and cross-compile for macOS;
+#   METAL_CHECK=--without-tests where make test has run them
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
 # make sanitize     run the tests under the address, undefined and thread sanitizers
@@ -49,7 +50,7 @@ test-plain: $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench
 simulator: $(STAMPS)/simulator
 
 metal-check: $(STAMPS)/package $(STAMPS)/test simulator
-	$(BIN)/python tests/metal_check.py
+	$(BIN)/python tests/metal_check.py $(METAL_CHECK)
 
 metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost
