@@ -1,6 +1,8 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
 # make test    run the tests on every backend that is here; TESTS="-k clip"
-# make metal-check  simulate the Metal kernels and cross-compile for macOS
+# make test-plain   run the tests on plain MLX operations, without any extension
+# make metal-check  simulate the Metal kernels and cross-compile for macOS;
+#   METAL_CHECK=--without-tests where make test has run them
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
 # make sanitize     run the tests under the address, undefined and thread sanitizers
@@ -28,7 +30,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') $(wildcard metal/*.h metal/*.metal)
 
-.PHONY: demo test simulator metal-check bench metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
+.PHONY: demo test test-plain simulator metal-check bench metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -37,10 +39,18 @@ demo: $(STAMPS)/package $(STAMPS)/examples
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench simulator
 	$(BIN)/python -m pytest $(TESTS)
 
+# The package as it is for an MLX that no extension fits: nothing is compiled.
+PLAIN := build/plain
+test-plain: $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench
+	rm -rf $(PLAIN) && mkdir -p $(PLAIN)
+	cp -R python/mlx_fused_optimizers $(PLAIN)
+	cp metal/update_rules.h $(PLAIN)/mlx_fused_optimizers
+	PYTHONPATH=$(CURDIR)/$(PLAIN) MLX_FUSED_TEST_BACKENDS=plain $(BIN)/python -m pytest $(TESTS)
+
 simulator: $(STAMPS)/simulator
 
 metal-check: $(STAMPS)/package $(STAMPS)/test simulator
-	$(BIN)/python tests/metal_check.py
+	$(BIN)/python tests/metal_check.py $(METAL_CHECK)
 
 metal-cost: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/bench simulator
 	$(BIN)/python -m bench.metal_cost

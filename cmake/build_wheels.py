@@ -44,11 +44,14 @@ def build_sdist(output: Path) -> Path:
     return output / run_backend("build_sdist", output, {})
 
 
-def build_wheel(sdist: Path, output: Path) -> Path:
-    """Builds the wheel for this Python and machine, in the folder `output`."""
+def build_wheel(sdist: Path, output: Path, releases: list[str] | None = None) -> Path:
+    """Builds the wheel for this Python and machine, in the folder `output`.
+
+    It holds an extension for each of these MLX; by default for all.
+    """
     source = unpack(sdist)
     wheels = []
-    for version in mlx_versions.releases_for(PYTHON):
+    for version in releases or mlx_versions.releases_for(PYTHON):
         requirements = mlx_versions.build_requirements(version)
         packages = fetch(f"{version}-{sys.implementation.cache_tag}", requirements)
         folder = BUILD / "wheels" / f"{version}-{sys.implementation.cache_tag}"

@@ -5,7 +5,8 @@
 // and lives in a register (metal/rule_language.h); the CPU's vector loops, the
 // same (csrc/rules.h); and the graph of plain MLX operations that serves
 // autodiff, vmap, other dtypes and the check of the kernels, where T is a node
-// of that graph (csrc/graph/node.h).
+// of that graph (csrc/graph/node.h). A fourth, _rules.py of the package, turns
+// its text into Python for an MLX that no extension fits.
 //
 // A rule never sees an array or a dtype. It has
 //

@@ -26,7 +26,7 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_fused_optimizers import _ext
+from mlx_fused_optimizers._kernels import kernels
 from support import ALL_OPTIMIZERS, leaves_of, snapshot, to_numpy
 
 CHECK_EVERY = 1000
@@ -273,7 +273,7 @@ class Model:
         rng = self.rng
         event = rng.random()
         if event < 0.2:
-            _ext.set_num_threads(rng.randint(1, 4))
+            kernels.set_num_threads(rng.randint(1, 4))
         elif event < 0.5:
             self.reload(folder, file=event < 0.4)
         elif event < 0.7:
@@ -373,7 +373,7 @@ def soak(steps: int, seed: int, show: bool = False) -> Report:
     report = Report()
     rng = random.Random(seed)
     mx.random.seed(seed)
-    threads = _ext.num_threads()
+    threads = kernels.num_threads()
     progress: Any = None
     if show:
         from tqdm import tqdm
@@ -393,7 +393,7 @@ def soak(steps: int, seed: int, show: bool = False) -> Report:
                 if report.models % 10 == 0:
                     measured.append((report.steps, resident()))
     finally:
-        _ext.set_num_threads(threads)
+        kernels.set_num_threads(threads)
         if progress is not None:
             progress.close()
     measured.append((report.steps, resident()))

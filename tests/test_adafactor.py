@@ -242,6 +242,7 @@ def test_all_options_together(backend: str, compiled: bool, dtype: mx.Dtype) -> 
     assert int(optimizer.step) == int(optimizer.skipped_steps) == 3
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_a_step_is_in_place(backend: str, compiled: bool, dtype: mx.Dtype) -> None:
@@ -282,6 +283,7 @@ def test_held_arrays_keep_their_values(backend: str) -> None:
     assert snapshot(held) == before
 
 
+@pytest.mark.fused  # MLX's means round by layout
 @pytest.mark.parametrize("layout", ["transposed", "strided", "broadcast", "offset"])
 def test_parameters_and_moments_of_any_layout(backend: str, layout: str) -> None:
     gradients = random_tree(1)
@@ -299,6 +301,7 @@ def test_parameters_and_moments_of_any_layout(backend: str, layout: str) -> None
     assert results[0] == results[1]
 
 
+@pytest.mark.fused
 def test_the_number_of_threads_changes_no_bit() -> None:
     mx.set_default_device(mx.cpu)
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.fused
 ROOT = Path(__file__).resolve().parents[1]
 
 

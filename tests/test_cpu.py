@@ -16,6 +16,7 @@ import pytest
 from mlx_fused_optimizers import _ext
 from support import fill, random_array, snapshot
 
+pytestmark = pytest.mark.fused
 DIGEST = """
 import hashlib, sys
 import mlx.core as mx, numpy as np

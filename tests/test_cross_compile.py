@@ -23,10 +23,11 @@ from cross_compile.cross_compile import (
     undefined,
 )
 
+pytestmark = pytest.mark.fused
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build/cross"
 PROGRAM = ROOT / "tests/cross_compile/cross_compile.py"
-# That for every MLX is in test_wheels.py.
+# `make wheel-macos` does so for every MLX.
 NAME = f"_ext_{mlx_versions.NEWEST.replace('.', '_')}"
 
 

@@ -36,6 +36,7 @@ def make(dtype: mx.Dtype, shapes: Any) -> Any:
     return tree
 
 
+@pytest.mark.fused
 @every_fused_optimizer
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -68,6 +69,7 @@ def test_a_step_allocates_nothing(
             assert mx.get_peak_memory() - before < min(smallest, 4096)
 
 
+@pytest.mark.fused
 @for_each(PARTLY_FUSED)
 def test_partly_fused_optimizers_allocate_no_more_than_stock(
     name: str, options: dict[str, Any]
@@ -96,6 +98,7 @@ def test_partly_fused_optimizers_allocate_no_more_than_stock(
     assert extra[0] <= (0.7 if name == "Muon" else 0.1) * extra[1]
 
 
+@pytest.mark.fused
 @every_fused_optimizer
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_documented_loop_copies_nothing(
@@ -132,6 +135,7 @@ def test_the_documented_loop_copies_nothing(
     assert _ext.bytes_copied() - before <= 4 * 6 * 256 * 4
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_gradients_are_freed_as_the_backward_pass_goes_on(compiled: bool) -> None:
     """Forward, backward and update in one evaluation take far less than all gradients.
@@ -252,6 +256,7 @@ def test_a_long_graph_is_taken_apart_without_recursion() -> None:
     assert (done.stdout, done.returncode) == ("dropped\n", 0), done.stderr
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("is_held", [False, True])
 def test_state_arrays_change_in_place_unless_somebody_holds_them(
     backend: str, is_held: bool
@@ -380,6 +385,7 @@ def test_evaluation_again_after_an_error(count: str, size: str) -> None:
         assert result.stdout == error + "{0.9}\n"
 
 
+@pytest.mark.fused
 def test_an_array_without_memory_is_refused() -> None:
     mx.set_default_device(mx.cpu)
     huge = mx.broadcast_to(mx.array(1.0), (1 << 24, 1 << 24))

@@ -231,6 +231,7 @@ def test_interrupts_while_a_step_is_evaluated() -> None:
     assert (result.stdout, result.returncode) == ("5\n", 0), result.stderr
 
 
+@pytest.mark.fused
 def test_one_tensor_of_several_has_no_memory(backend: str) -> None:
     """Those before it are updated; and the next step works when it is left out.
 
@@ -307,6 +308,7 @@ print("done")
 """
 
 
+@pytest.mark.fused
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_AS")
 @pytest.mark.skipif(
     "san.so" in os.environ.get("LD_PRELOAD", ""),

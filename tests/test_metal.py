@@ -20,6 +20,7 @@ from support import fill, random_array, snapshot, to_numpy
 
 METAL = Path(__file__).resolve().parents[1] / "metal"
 
+pytestmark = pytest.mark.fused
 simulated = pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 
 

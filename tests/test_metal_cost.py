@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.metal_cost import CASES, Case, fused_cost, stock_cost, transformer
 
+pytestmark = pytest.mark.fused
 # The least that the updates can move: each array read and written once.
 LEAST = {
     "SGD": 12,

@@ -13,6 +13,7 @@ pytest.importorskip("ziglang", reason="kernels are compiled with ziglang's clang
 from metal_simulator import CompileError
 from metal_simulator.instructions import KernelInstructions, count, table
 
+pytestmark = pytest.mark.fused
 TESTS = Path(__file__).parent
 OUT = "device float* y [[buffer(0)]]"
 IN_OUT = f"{OUT}, const device float* x [[buffer(1)]]"

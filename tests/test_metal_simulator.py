@@ -23,12 +23,15 @@ pytest.importorskip("ziglang", reason="the simulator compiles with ziglang's cla
 import metal_simulator as simulator
 from metal_simulator import CompileError, MetalError, Out
 
-# Not where the environment names a library: that one must be there.
-pytestmark = pytest.mark.skipif(
-    "MLX_FUSED_SIMULATOR_LIBRARY" not in os.environ
-    and not simulator.library_path().exists(),
-    reason="the simulator is not built",
-)
+pytestmark = [
+    pytest.mark.fused,
+    # Not where the environment names a library: that one must be there.
+    pytest.mark.skipif(
+        "MLX_FUSED_SIMULATOR_LIBRARY" not in os.environ
+        and not simulator.library_path().exists(),
+        reason="the simulator is not built",
+    ),
+]
 
 SEEDS = (0, 1, 2)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from metal_simulator.extension import extension
 
+pytestmark = pytest.mark.fused
 ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = """
@@ -84,11 +85,14 @@ def test_the_page_is_all_that_it_takes(tmp_path: Path) -> None:
             )
     for library in (tmp_path / "build" / "cpu").glob("_ext*.so"):
         shutil.copy(library, package)
+    shutil.copy(tmp_path / "metal" / "update_rules.h", package)
 
     simulator = tmp_path / "build/simulator/tests/metal_simulator"
     paths = [tmp_path / "python", tmp_path / "tests"]
     runs = {
         "cpu": "train()",
+        "plain": "from mlx_fused_optimizers import _kernels, _plain\n"
+        "with _kernels.using(_plain):\n    train()",
         "simulator": "from metal_simulator.extension import simulated\n"
         "with simulated():\n    train()\n    mx.synchronize()",
     }

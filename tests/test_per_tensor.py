@@ -76,6 +76,7 @@ def test_scalars_and_hyperparameters_per_tensor(
         )
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 def test_it_is_one_launch(backend: str) -> None:
     rng = np.random.default_rng(1)

@@ -2019,6 +2019,7 @@ def tracing(fails: Callable[[], bool], several: bool) -> tuple[Any, Any, Any]:
     return model, optimizer, step
 
 
+@pytest.mark.fused  # Python cannot tell the placeholders from arrays
 @pytest.mark.parametrize("several", [False, True], ids=["one", "multi"])
 def test_an_exception_inside_a_compiled_step(
     backend: str, several: bool, tmp_path: Path

@@ -17,11 +17,13 @@ import mlx_versions
 import pytest
 from mlx_fused_optimizers import _extension, _requirements
 
+pytestmark = pytest.mark.fused
 LINUX = sys.platform == "linux"
 MLX = Path(mx.__file__).parent
 CORE = Path(mx.__file__).name
-EXTENSION = Path(mlx_fused_optimizers._ext.__file__).name
 VERSION = metadata.version("mlx")
+MODULE = f"_ext_{re.sub(r'[^0-9A-Za-z]', '_', VERSION)}"
+EXTENSION = MODULE + str(sysconfig.get_config_var("EXT_SUFFIX"))
 PYTHON = ".".join(map(str, sys.version_info[:2]))
 MACHINE = platform.machine()
 PROGRAM = "import mlx_fused_optimizers as optim; print(optim.__version__)"
@@ -144,8 +146,7 @@ def ours_for_another_processor(site: Site) -> None:
 
 def ours_for_another_python(site: Site) -> None:
     site.add_mlx()
-    name = EXTENSION.partition(".")[0]
-    other = site.ours / f"{name}.cpython-399-x86_64-linux-gnu.so"
+    other = site.ours / f"{MODULE}.cpython-399-x86_64-linux-gnu.so"
     (site.ours / EXTENSION).rename(other)
 
 
@@ -194,7 +195,7 @@ OTHER_MACHINE = f"a library for another architecture than {MACHINE}"
         (
             ours_for_another_python,
             "ours",
-            f"no {_extension._ext.__name__} for Python {PYTHON} on {MACHINE}",
+            f"no mlx_fused_optimizers.{MODULE} for Python {PYTHON} on {MACHINE}",
             REINSTALL_OURS,
         ),
     ],
@@ -230,21 +231,22 @@ def test_what_fits_is_imported(site: Site) -> None:
     assert done.stdout.strip() == mlx_fused_optimizers.__version__, done.stderr
 
 
+# An extension is loaded, or plain MLX operations are used: then with the reason.
+WHICH = """
+from mlx_fused_optimizers import _ext, _extension
+print(_ext and _ext.__name__, _extension.reason(), _extension.supported_versions())
+"""
+
+
 def no_extension_for_it(site: Site) -> str:
     other = EXTENSION.replace(VERSION.replace(".", "_"), "0_31_9")
     (site.ours / EXTENSION).rename(site.ours / other)
-    return (
-        f"it has no kernels for MLX {VERSION}. It has kernels for MLX 0.31.9; "
-        "run: pip install mlx==0.31.9"
-    )
+    return f"it has no kernels for MLX {VERSION}. It has kernels for MLX 0.31.9."
 
 
 def no_extensions(site: Site) -> str:
     (site.ours / EXTENSION).unlink()
-    return (
-        f"it has no kernels for MLX {VERSION}. It has kernels for MLX none; "
-        f"run: pip install {_requirements.OURSELVES}"
-    )
+    return f"it has no kernels for MLX {VERSION}. It has kernels for MLX none."
 
 
 def an_extension_of_another_build(site: Site) -> str:
@@ -256,7 +258,7 @@ def an_extension_of_another_build(site: Site) -> str:
     path.write_bytes(content.replace(symbol, symbol.replace(b"array", b"arrau")))
     return (
         f"its extension for MLX {VERSION} found a libmlx with other symbols. "
-        f"It has kernels for MLX {VERSION}; run: pip install mlx=={VERSION}"
+        f"It has kernels for MLX {VERSION}."
     )
 
 
@@ -265,16 +267,26 @@ def an_extension_of_another_build(site: Site) -> str:
     "prepare",
     [no_extension_for_it, no_extensions, an_extension_of_another_build],
 )
-def test_without_an_extension_that_fits_it_says_so_in_one_line(
+def test_without_an_extension_that_fits_it_warns_once(
     site: Site, prepare: Callable[[Site], str]
 ) -> None:
     site.add_mlx()
     ending = prepare(site)
-    done = site.run()
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        f"ImportError: mlx_fused_optimizers cannot be used: {ending}"
+    message = (
+        "mlx_fused_optimizers uses plain MLX operations, slower and with more memory: "
     )
+    done = site.run(WHICH)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("None i")
+    (warning,) = (x for x in done.stderr.splitlines() if "Warning" in x)
+    # It names the line that imports the package.
+    assert warning == f"<string>:2: RuntimeWarning: {message}{ending}"
+    refused = site.run(WHICH, MLX_FUSED_REQUIRE="1")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1] == (
+        f"ImportError: {message}{ending} (MLX_FUSED_REQUIRE is set.)"
+    )
+    assert site.run(WHICH, MLX_FUSED_REQUIRE="0").returncode == 0
 
 
 def test_an_extension_with_another_nanobind_is_not_used(
@@ -295,11 +307,11 @@ def test_the_extension_is_chosen_by_the_version_of_mlx(site: Site) -> None:
     name = VERSION.replace(".", "_")
     for other in ("0_31_0_dev1", "0_32_10"):
         shutil.copy(site.ours / EXTENSION, site.ours / EXTENSION.replace(name, other))
-    which = "from mlx_fused_optimizers import _ext, _extension\n"
-    done = site.run(which + "print(_ext.__name__, _extension.supported_versions())")
+    done = site.run(WHICH)
     assert done.stderr == ""
     assert done.stdout == (
-        f"mlx_fused_optimizers._ext_{name} ['0.31.0.dev1', '{VERSION}', '0.32.10']\n"
+        f"mlx_fused_optimizers._ext_{name} None "
+        f"['0.31.0.dev1', '{VERSION}', '0.32.10']\n"
     )
 
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 from mlx_fused_optimizers import _ext, selfcheck
 
+pytestmark = pytest.mark.fused
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

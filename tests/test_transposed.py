@@ -88,6 +88,7 @@ def test_clipping_keeps_the_order_of_memory(backend: str, dtype: mx.Dtype) -> No
         )
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "most"), [(mx.float32, 28.5), (mx.bfloat16, 14.5)], ids=str

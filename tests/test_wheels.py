@@ -1,6 +1,7 @@
 """What is released: the source distribution, and the wheels for here and for macOS.
 
-A wheel's work with each MLX is tests/wheel_check.py's to show.
+Here with extensions for the oldest and the newest MLX. `make wheel-check` and
+`make wheel-macos` build and check those for all, which takes minutes.
 """
 
 import base64
@@ -26,11 +27,13 @@ import pytest
 from cross_compile.cross_compile import cross_compile_every
 from mlx_fused_optimizers import __version__
 
+pytestmark = pytest.mark.fused
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = f"cp{sys.version_info[0]}{sys.version_info[1]}"
 NAME = f"mlx_fused_optimizers-{__version__}"
 INFORMATION = f"{NAME}.dist-info"
-MLX = mlx_versions.releases_for(build_wheels.PYTHON)
+RELEASES = mlx_versions.releases_for(build_wheels.PYTHON)
+MLX = sorted({RELEASES[0], RELEASES[-1]}, key=RELEASES.index)
 EXTENSIONS = [f"_ext_{version.replace('.', '_')}" for version in MLX]
 
 
@@ -48,12 +51,12 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(sdist: Path) -> Path:
     """The wheel for this machine, built from nothing but the source distribution."""
-    return build_wheels.build_wheel(sdist, sdist.parent)
+    return build_wheels.build_wheel(sdist, sdist.parent, MLX)
 
 
 @pytest.fixture(scope="module")
 def macos_wheel() -> Path:
-    return cross_compile_every(ROOT / "build/cross")
+    return cross_compile_every(ROOT / "build/cross", releases=MLX)
 
 
 @pytest.fixture(params=["wheel", "macos_wheel"])
@@ -91,6 +94,7 @@ def test_a_wheel_has_the_package_and_an_extension_for_each_mlx(any_wheel: Path) 
         suffix = f".cpython-{PYTHON[2:]}-darwin.so"
     assert found == {
         *files("python", "*.py", "*.pyi", "py.typed"),
+        "mlx_fused_optimizers/update_rules.h",
         *(f"mlx_fused_optimizers/{name}{suffix}" for name in EXTENSIONS),
         *(f"{INFORMATION}/{x}" for x in ("METADATA", "RECORD", "WHEEL")),
         f"{INFORMATION}/licenses/LICENSE",
@@ -114,7 +118,8 @@ def test_every_file_of_a_wheel_is_recorded(any_wheel: Path) -> None:
 def test_a_wheel_needs_mlx_of_any_version(any_wheel: Path) -> None:
     needed = metadata(any_wheel, "METADATA").get_all("Requires-Dist")
     assert needed is not None
-    assert [x for x in needed if "extra ==" not in x] == [f"mlx>={MLX[0]}"]
+    oldest = next(iter(mlx_versions.RELEASES))
+    assert [x for x in needed if "extra ==" not in x] == [f"mlx>={oldest}"]
     assert 'mlx[cuda12]; extra == "cuda12"' in needed
 
 
@@ -223,7 +228,7 @@ def test_a_source_install_is_for_the_mlx_that_is_installed(
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     needed = build_backend.get_requires_for_build_wheel()[-2:]
     assert needed == mlx_versions.build_requirements(mlx_versions.NEWEST)
-    for version in [*MLX, "9.9.9"]:
+    for version in [*RELEASES, "9.9.9"]:
         information = tmp_path / f"mlx-{version}.dist-info"
         information.mkdir()
         (information / "METADATA").write_text(
@@ -231,6 +236,6 @@ def test_a_source_install_is_for_the_mlx_that_is_installed(
         )
         needed = build_backend.get_requires_for_build_wheel()[-2:]
         assert needed == build_backend.get_requires_for_build_editable()[-2:]
-        known = version if version in MLX else mlx_versions.NEWEST
+        known = version if version in RELEASES else mlx_versions.NEWEST
         assert needed == mlx_versions.build_requirements(known)
         shutil.rmtree(information)

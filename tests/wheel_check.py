@@ -53,6 +53,7 @@ def run(python: Path, log: Path, *arguments: str) -> str:
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     # That of `make simulator` is built for another MLX.
     environment["MLX_FUSED_SIMULATOR_LIBRARY"] = "/not/built/for/this"
+    environment["MLX_FUSED_REQUIRE"] = "1"
     done = subprocess.run(
         [python, *arguments],
         cwd=ROOT,

@@ -6,6 +6,7 @@ Every name of ``mlx.optimizers`` 0.32.4 is here, with the same arguments and num
 """
 
 from ._extension import _ext as _ext  # first: the others take it from here
+from ._kernels import backend
 from ._version import __version__
 from .checkpoint import load, save
 from .clipping import clip_grad_norm
@@ -52,6 +53,7 @@ __all__ = [
     "Optimizer",
     "RMSprop",
     "__version__",
+    "backend",
     "clip_grad_norm",
     "constant",
     "cosine_decay",

@@ -1,11 +1,13 @@
-"""The extension that fits the MLX beside us.
+"""The extension that fits the MLX beside us, or None: then plain MLX operations do.
 
 An extension of MLX is bound to the MLX that it was compiled against. So a wheel has one
 for each, such as `_ext_0_32_4.cpython-311-darwin.so` for MLX 0.32.4; a source install
 has one, for the MLX that it was built with.
 """
 
+import os
 import re
+import warnings
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -14,7 +16,10 @@ from typing import TYPE_CHECKING
 
 from . import _requirements
 
+REQUIRE = "MLX_FUSED_REQUIRE"
+
 _folder = Path(__file__).parent
+_reason: str | None = None
 
 
 def supported_versions() -> list[str]:
@@ -26,24 +31,35 @@ def supported_versions() -> list[str]:
     )
 
 
-def load() -> ModuleType:
+def reason() -> str | None:
+    """Why no extension is loaded; None if one is."""
+    return _reason
+
+
+def load() -> ModuleType | None:
     """Check what we run on, and load the extension that fits.
+
+    Without one, a warning names the versions of MLX that have kernels. It is an error
+    if the environment variable MLX_FUSED_REQUIRE is set, and not to 0.
 
     Raises:
         ImportError: one line with the command that mends it, if what is installed
-            cannot work: MLX without libmlx, a library for another machine, or an MLX
-            that there is no extension for.
+            cannot work: MLX without libmlx, or a library for another machine.
     """
+    global _reason
     _requirements.check_python()
     version = _requirements.import_mlx()
-    extension, reason = _find(version)
-    if extension is None:
-        supported = supported_versions()
-        needed = f"mlx=={supported[-1]}" if supported else _requirements.OURSELVES
-        raise ImportError(
-            f"mlx_fused_optimizers cannot be used: {reason}. It has kernels for MLX "
-            f"{', '.join(supported) or 'none'}; run: pip install {needed}"
+    extension, _reason = _find(version)
+    if _reason is not None:
+        supported = ", ".join(supported_versions()) or "none"
+        message = (
+            f"mlx_fused_optimizers uses plain MLX operations, slower and with more "
+            f"memory: {_reason}. It has kernels for MLX {supported}."
         )
+        if os.environ.get(REQUIRE, "0") not in ("", "0"):
+            raise ImportError(f"{message} ({REQUIRE} is set.)")
+        # Of the line that imports the package, past this module and __init__.py.
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
     return extension
 
 

@@ -100,15 +100,17 @@ class Result:
         )
 
 
-def cross_compile_every(output: Path, wheels: Path | None = None) -> Path:
-    """The wheel for every MLX, in the folder `wheels`; by default one in `output`.
+def cross_compile_every(
+    output: Path, wheels: Path | None = None, releases: list[str] | None = None
+) -> Path:
+    """The wheel for every MLX, or these; in the folder `wheels`, or one in `output`.
 
     Raises:
         CrossCompileError: as cross_compile.
         BuildError: the wheels are not alike.
     """
     results = []
-    for version in mlx_versions.releases_for(PYTHON_VERSION):
+    for version in releases or mlx_versions.releases_for(PYTHON_VERSION):
         results.append(cross_compile(output, version))
         print(results[-1], flush=True)
     wheel = merge([x.wheel for x in results], wheels or output / "wheels")

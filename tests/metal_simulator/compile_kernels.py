@@ -34,6 +34,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,22 +135,36 @@ def compile_kernels(
     if not library.exists():
         unit = rewrite(text, unkind)
         warning = [flag for flag in flags if flag != "-w"]
-        syntax = ["-fsyntax-only", "-Xclang", "-ast-dump", "-"]
-        tree, warnings = zig_with_warnings(
-            ["clang", *warning, *NEWER_THAN_CPP14, *syntax], unit
-        )
-        check_language(warnings)
-        check_address_spaces(tree)
-        plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes"]
-        llvm = check_copies(zig(["clang", *flags, *plain, "-o", "-", "-"], unit))
         # Made under another name: two processes may do this at once.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            code, machine = Path(folder, "kernels.o"), Path(folder, "kernels.so")
-            zig(["clang", *flags, "-x", "ir", "-c", "-o", str(code), "-"], llvm)
-            link = ["ld.lld", "-shared", "--eh-frame-hdr"]
-            zig([*link, "-o", str(machine), str(code)])
+        with (
+            tempfile.TemporaryDirectory(dir=library.parent) as folder,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            machine = Path(folder, "kernels.so")
+            # What it refuses is told before what the compiler does.
+            checked = pool.submit(check, unit, [*warning, *NEWER_THAN_CPP14])
+            try:
+                build(unit, flags, machine)
+            finally:
+                checked.result()
             os.replace(machine, library)
     return library
+
+
+def check(unit: str, flags: list[str]) -> None:
+    """Refuses what clang takes and the Mac's compiler does not."""
+    syntax = ["-fsyntax-only", "-Xclang", "-ast-dump", "-"]
+    tree, warnings = zig_with_warnings(["clang", *flags, *syntax], unit)
+    check_language(warnings)
+    check_address_spaces(tree)
+
+
+def build(unit: str, flags: list[str], machine: Path) -> None:
+    plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes"]
+    llvm = check_copies(zig(["clang", *flags, *plain, "-o", "-", "-"], unit))
+    code = machine.with_suffix(".o")
+    zig(["clang", *flags, "-x", "ir", "-c", "-o", str(code), "-"], llvm)
+    zig(["ld.lld", "-shared", "--eh-frame-hdr", "-o", str(machine), str(code)])
 
 
 def include_flags(include: tuple[str, ...]) -> list[str]:
@@ -244,19 +259,28 @@ def check_address_spaces(tree: str) -> None:
         rf"'(?:const )?__generic (?:[^']*\*|{scalar})'"
         r"(?: lvalue)? <AddressSpaceConversion>"
     )
-    file = number = before = ""
     lines = tree.splitlines()
-    for line, child in zip(lines, [*lines[1:], ""], strict=True):
-        # A node gives the file and the line only where they change.
+    for i, line in enumerate(lines):
+        # Most lines are none of these, and dear to search.
+        if "<AddressSpaceConversion>" not in line or not conversion.search(line):
+            continue
+        child = lines[i + 1] if i + 1 < len(lines) else ""
+        source = re.search(r"'[^']*__(global|local|constant)\b", child)
+        if source and "MemberExpr" not in lines[i - 1]:
+            raise CompileError(
+                f"{_place(lines[: i + 1])}: error: a pointer or reference to "
+                f"__{source[1]} memory becomes one that names no address space: "
+                "`thread` in MSL"
+            )
+
+
+def _place(lines: list[str]) -> str:
+    """File and line of the last node: one gives them only where they change."""
+    file = number = ""
+    for line in lines:
         if place := re.search(r"<(?:line|([^<>:]+)):(\d+):", line):
             file, number = place[1] or file, place[2]
-        source = re.search(r"'[^']*__(global|local|constant)\b", child)
-        if conversion.search(line) and source and "MemberExpr" not in before:
-            raise CompileError(
-                f"{file}:{number}: error: a pointer or reference to __{source[1]} "
-                "memory becomes one that names no address space: `thread` in MSL"
-            )
-        before = line
+    return f"{file}:{number}"
 
 
 def check_copies(llvm: str) -> str:

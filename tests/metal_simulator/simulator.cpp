@@ -1,7 +1,10 @@
 // The device's side: memory, threads, and the checks of each access.
 
+#undef _FORTIFY_SOURCE  // its longjmp takes another stack for a fault
+
 #include "simulator.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -255,10 +258,51 @@ class StackSwitch {
 #endif
 };
 
+// Where the program goes on. swapcontext, which the sanitizers know, asks the
+// system for the signal mask each time, which takes most of a simd operation.
+class Place {
+ public:
+  // Makes it the start of a function on a stack.
+  void begin(char* stack, size_t bytes, void (*function)()) {
+    getcontext(&context_);
+    context_.uc_stack.ss_sp = stack;
+    context_.uc_stack.ss_size = bytes;
+    context_.uc_link = nullptr;
+    makecontext(&context_, function, 0);
+    is_start_ = true;
+  }
+
+  // Makes it this place, and goes on at the other; returns when one comes back.
+  void leave_for(Place& other) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    swapcontext(&context_, &other.context_);
+#else
+    if (_setjmp(jump_) == 0) {
+      other.enter();
+    }
+#endif
+  }
+
+  [[noreturn]] void enter() {
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    if (!std::exchange(is_start_, false)) {
+      _longjmp(jump_, 1);
+    }
+#endif
+    setcontext(&context_);
+    std::abort();
+  }
+
+ private:
+  ucontext_t context_;
+  jmp_buf jump_;
+  bool is_start_ = false;
+};
+
 // A stack on which threads run, one after the other: a kernel without barriers
 // needs but one.
 struct Fiber {
-  ucontext_t context;
+  Place place;
   char* stack;
   Thread* thread;
 };
@@ -365,7 +409,7 @@ class Execution {
   std::deque<Fiber*> ready_;
   Fiber* fiber_ = nullptr;
   Thread* thread_ = nullptr;
-  ucontext_t scheduler_;
+  Place scheduler_;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
   std::string error_;
@@ -677,11 +721,7 @@ void Execution::run_group(const Size& group) {
       }
       Fiber* fiber = idle.back();
       idle.pop_back();
-      getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack;
-      fiber->context.uc_stack.ss_size = stack_bytes;
-      fiber->context.uc_link = nullptr;
-      makecontext(&fiber->context, &Execution::fiber_main, 0);
+      fiber->place.begin(fiber->stack, stack_bytes, &Execution::fiber_main);
       resume(fiber);
     } else {
       const size_t pick = shuffled_ ? random_() % ready_.size() : 0;
@@ -702,7 +742,7 @@ void Execution::resume(Fiber* fiber) {
   thread_ = fiber->thread;
   StackSwitch stack;
   stack.leave(fiber->stack, stack_bytes);
-  swapcontext(&scheduler_, &fiber->context);
+  scheduler_.leave_for(fiber->place);
   stack.arrive();
   if (!error_.empty()) {
     throw std::runtime_error(error_);
@@ -714,7 +754,7 @@ void Execution::wait() {
   self->thread = thread_;
   StackSwitch stack;
   stack.leave(scheduler_stack_, scheduler_stack_bytes_);
-  swapcontext(&self->context, &scheduler_);
+  self->place.leave_for(scheduler_);
   stack.arrive();
 }
 
@@ -733,7 +773,7 @@ void Execution::fiber_main() {
     self.error_ = error.what();  // resume() throws it on the launch's stack
   }
   StackSwitch::end(self.scheduler_stack_, self.scheduler_stack_bytes_);
-  setcontext(&self.scheduler_);
+  self.scheduler_.enter();
 }
 
 // ---- what the kernel calls --------------------------------------------------

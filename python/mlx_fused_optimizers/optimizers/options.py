@@ -280,13 +280,13 @@ def warn_of_arguments(optimizer: Any) -> None:
             warn_caller(f"{type(optimizer).__name__}: {text}")
 
 
-def warn_caller(text: str) -> None:
+def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
     """Warn as if from the line outside of this package that called it."""
     package = __name__.partition(".")[0]
     level = 1
     while sys._getframe(level).f_globals["__name__"].partition(".")[0] == package:
         level += 1
-    warnings.warn(text, UserWarning, stacklevel=level + 1)
+    warnings.warn(text, category, stacklevel=level + 1)
 
 
 def _dtype_named(name: str) -> Any:
