@@ -645,10 +645,12 @@ class FusedOptimizer(Optimizer):
         elif kind is not None:
             decides = self.quantize_filter or _is_large
             kind = kind if decides(path, parameter) else None
-        for key in kernels.states(self._rule()):
-            if kind_of(state, key) != kind:
-                release(state, key, parameter.shape, self._rule())
-        hold(state, kernels.states(self._rule()), self._rule(), kind)
+        if self.takes_codes:
+            rule = self._rule()
+            others = [k for k in kernels.states(rule) if kind_of(state, k) != kind]
+            for key in others:
+                release(state, key, parameter.shape, rule)
+            hold(state, others, rule, kind)
         hold_error(state, parameter, self.master_weights)
 
     def _cast(self, value: Any) -> Any:
@@ -730,7 +732,8 @@ class FusedOptimizer(Optimizer):
         self, path: str, gradient: Any, parameter: Any, state: Any, clip: Clip
     ) -> Any:
         """As of all optimizers, for code that knows nothing of the options."""
-        kinds = {key: kind_of(state, key) for key in kernels.states(self._rule())}
+        keys = kernels.states(self._rule()) if self.takes_codes else []
+        kinds = {key: kind for key in keys if (kind := kind_of(state, key))}
         for key in kinds:
             release(state, key, parameter.shape, self._rule())
         dtype = parameter.dtype
@@ -752,9 +755,8 @@ class FusedOptimizer(Optimizer):
         if self._plain_dtype() is None and not self.stochastic_rounding:
             return updated
         self._cast_all(state)
-        for kind in {*kinds.values()} - {None}:
-            chosen = [key for key, x in kinds.items() if x == kind]
-            hold(state, chosen, self._rule(), kind)
+        for key, kind in kinds.items():
+            hold(state, [key], self._rule(), kind)
         if is_split:
             updated, state["error"] = kernels.split(updated, self.master_weights, dtype)
         elif self.stochastic_rounding and dtype in HALF_DTYPES:
