@@ -26,6 +26,7 @@ from .optimizers import (
     Optimizer,
     RMSprop,
 )
+from .precision import cast_model, full_precision
 from .schedulers import (
     constant,
     cosine_decay,
@@ -54,11 +55,13 @@ __all__ = [
     "RMSprop",
     "__version__",
     "backend",
+    "cast_model",
     "clip_grad_norm",
     "constant",
     "cosine_decay",
     "decay_matrices_only",
     "exponential_decay",
+    "full_precision",
     "inverse_sqrt",
     "join_schedules",
     "linear_schedule",

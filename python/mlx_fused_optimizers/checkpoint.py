@@ -25,7 +25,8 @@ import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ._kernels import kernels
-from .optimizers.base import INIT, parts_of, rebuilt
+from .optimizers.base import INIT, Optimizer, parts_of, rebuilt
+from .optimizers.held import HALF_DTYPES, has_shape, plain_name
 from .optimizers.options import OPTIONS, warn_caller
 
 __all__ = ["load", "save"]
@@ -68,7 +69,7 @@ BITS: dict[int, tuple[mx.Dtype, Literal["B", "H", "I", "Q"]]] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MALFORMED = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
 # Entries of the state that come and go with an option.
-OPTION_ENTRIES = ("grad_norm", "skipped_steps")
+OPTION_ENTRIES = ("grad_norm", "skipped_steps", "rounding_seed")
 
 
 def save(
@@ -163,7 +164,8 @@ def load(
 
     A file without the options that the optimizer has loads too. The state is converted
     to ``state_dtype`` if that is set, or with ``strict=False`` to what the optimizer
-    would make, and one warning says from what to what.
+    would make, and one warning says from what to what. So is a float32 parameter that
+    the model has in half precision and the optimizer with a master.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -208,6 +210,7 @@ def load(
 
     saved = found["model"]
     match = _Match(converts=not strict)
+    match.split_weights(optimizer, here, saved)
     match.problems += _differences("parameter", _kinds(saved), _kinds(here))
     state = match.state(optimizer, parameters, found["optimizer"])
     if strict:
@@ -349,6 +352,26 @@ class _Match:
         self.converts = converts
         self.problems: list[str] = []
         self.converted: Counter[str] = Counter()
+        self.errors: Arrays = {}  # of float32 parameters that become weights
+
+    def split_weights(
+        self, optimizer: stock.Optimizer, here: Arrays, saved: Arrays
+    ) -> None:
+        """Make weights of saved float32 parameters, where a part has masters."""
+        masters = {getattr(part, "master_weights", None) for part in parts_of(optimizer)}
+        for master in masters - {None}:
+            for path, like in here.items():
+                array = saved.get(path)
+                if (
+                    array is not None
+                    and like.dtype in HALF_DTYPES
+                    and array.dtype == mx.float32
+                    and array.shape == like.shape
+                ):
+                    pair = kernels.split(array, master, like.dtype)
+                    saved[path], self.errors[path] = pair
+                    names = map(_dtype_name, (array.dtype, like.dtype))
+                    self.converted[" to ".join(names)] += 1
 
     def state(
         self,
@@ -406,7 +429,8 @@ class _Match:
             for dot in re.finditer(r"\.", name):
                 below[name[: dot.start()]].append(name)
 
-        converts = self.converts or getattr(optimizer, "state_dtype", None) is not None
+        options = ("state_dtype", "master_weights")
+        converts = self.converts or any(getattr(optimizer, x, None) for x in options)
 
         def found_in(like: Any, found: Arrays) -> Any:
             return tree_map_with_path(lambda path, _: found[path], like)
@@ -430,11 +454,16 @@ class _Match:
                     values.pop()
                 return rebuilt(node, values)
             found = {n.removeprefix(start): saved.pop(n) for n in below.get(path, ())}
-            return single(node, current, start, found) if found else {}
+            return single(node, current, path, found) if found else {}
 
-        def single(parameter: Any, current: Any, start: str, found: Arrays) -> Any:
+        def single(parameter: Any, current: Any, path: str, found: Arrays) -> Any:
+            start = f"{path}." if path else ""
             expected: dict[str, Any] = {}
             optimizer.init_single(parameter, expected)
+            if isinstance(optimizer, Optimizer):
+                optimizer._hold(path, parameter, expected)
+                if converts:
+                    found = self.held_as(optimizer, path, parameter, expected, found)
             # Something else is right only if the optimizer has the same now, as when
             # its state was cast by hand.
             for like in (expected, current):
@@ -452,6 +481,26 @@ class _Match:
             return {}
 
         return states(parameters, optimizer.state, "")
+
+    def held_as(
+        self,
+        optimizer: Optimizer,
+        path: str,
+        parameter: mx.array,
+        expected: dict[str, Any],
+        found: Arrays,
+    ) -> Arrays:
+        """A parameter's saved state, held as the optimizer holds it."""
+        if path in self.errors:
+            found = {**found, "error": self.errors[path]}
+        keys = {plain_name(entry) for entry in (*expected, *found)} - {"error"}
+        fits = all(has_shape(found, key, parameter.shape) for key in keys)
+        if found.keys() == expected.keys() or not fits:
+            return found
+        held = dict(found)
+        optimizer._hold(path, parameter, held)
+        self.converted[f"{', '.join(found)} to {', '.join(held)}"] += 1
+        return held
 
 
 def _shapes(arrays: Arrays) -> dict[str, str]:

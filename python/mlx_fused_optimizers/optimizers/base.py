@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 INIT = "optimizer.init(model.trainable_parameters())"
 
+# Leaves and elements that are measured together where updates wait for no others.
+CHUNK, FULL = 6, 1 << 16
+
 # Errors of a step that may have a cause which can be named. nanobind's for a value
 # that is no number is a RuntimeError.
 EXPLAINED = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
@@ -58,6 +61,8 @@ class Clip(NamedTuple):
     norm: mx.array | None = None
     scale: mx.array | None = None  # multiplies every gradient
     skip: mx.array | None = None  # a bool: nothing changes
+    # Leaves, and the norm so far, where no update need wait for that of all.
+    chunks: Sequence[tuple[list[int], mx.array]] = ()
 
 
 def paths(tree: Any) -> list[str]:
@@ -152,6 +157,7 @@ class Optimizer(stock.Optimizer):
     """
 
     max_grad_norm: float | None = None
+    clip_by_last_norm: bool = False
     skip_nonfinite: bool = False
 
     def __init__(
@@ -180,6 +186,7 @@ class Optimizer(stock.Optimizer):
     def _set_step_options(
         self,
         max_grad_norm: float | None = None,
+        clip_by_last_norm: bool = False,
         skip_nonfinite: bool = False,
         **unknown: Any,
     ) -> None:
@@ -188,6 +195,7 @@ class Optimizer(stock.Optimizer):
                 f"{type(self).__name__}() got an unexpected keyword argument '{name}'"
             )
         self.max_grad_norm = max_grad_norm
+        self.clip_by_last_norm = clip_by_last_norm
         self.skip_nonfinite = skip_nonfinite
         self._set_option_state()
 
@@ -505,6 +513,8 @@ class Optimizer(stock.Optimizer):
         if not self._needs_norm():
             return Clip()
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        if self.clip_by_last_norm:
+            return self._measure_in_chunks(leaves, limit)
         norm, factor = measure(leaves.gradients, limit)
         if factor.dtype == mx.float64:
             # The kernels' factor is a float32, whose range may not hold it.
@@ -516,6 +526,26 @@ class Optimizer(stock.Optimizer):
             None if self.max_grad_norm is None else factor,
             ~mx.isfinite(norm) if self.skip_nonfinite else None,
         )
+
+    def _measure_in_chunks(self, leaves: Leaves, limit: float) -> Clip:
+        """The last norm's factor, and the norm in parts that need no other's."""
+        gradients = leaves.gradients
+        total = mx.array(0.0)
+        chunks = []
+        end = len(gradients)
+        while end > 0:  # from the last, as they become ready
+            start, elements = end, 0
+            while start > 0 and elements < FULL and end - start < CHUNK:
+                start -= 1
+                elements += gradients[start].size
+            chosen = [*range(start, end)]
+            end = start
+            # In a chain, as the updates: MLX would compute what all of the norms need
+            # before the first update.
+            total, _ = measure([*(gradients[i] for i in chosen), total], limit)
+            chunks.append((chosen, total))
+        factor = mx.minimum(limit / (self.state["grad_norm"] + 1e-6), 1.0)
+        return Clip(total, factor, None, chunks)
 
     def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
         """The updated parameters' tree; states get their new entries."""
@@ -571,6 +601,8 @@ class FusedOptimizer(Optimizer):
     master_weights: str | None = None
     stochastic_rounding: bool = False
     weight_decay_filter: WeightDecayFilter | None = None
+    _calls: int = 0  # of steps, for _watch_precision
+    _watched: list[Any] | None = None
 
     def __init__(
         self, learning_rate: LearningRate, **options: Unpack[DecayOptions]
@@ -702,6 +734,7 @@ class FusedOptimizer(Optimizer):
         return updated
 
     def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
+        self._watch_precision(leaves)
         apply_single = getattr(self.apply_single, "__func__", None)
         try:
             if apply_single is not FusedOptimizer.apply_single:  # a user's own
@@ -772,15 +805,26 @@ class FusedOptimizer(Optimizer):
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
         """Compute what becomes of the leaves; nothing is changed yet."""
         sets, set_of = self._sets(leaves)
-        self._run(
-            leaves,
-            self._rule(),
-            sets,
-            sets=set_of,
-            learning_rate=as_array(self.state.get("learning_rate")),
-            gradient_scale=clip.scale,
-            skip=clip.skip,
-        )
+
+        def run(chosen: list[int] | None = None, after: Sequence[mx.array] = ()) -> None:
+            self._run(
+                leaves,
+                self._rule(),
+                sets,
+                sets=set_of if chosen is None else set_of and [set_of[i] for i in chosen],
+                learning_rate=as_array(self.state.get("learning_rate")),
+                gradient_scale=clip.scale,
+                skip=clip.skip,
+                indices=chosen,
+                after=after,
+            )
+
+        if not clip.chunks:
+            run()
+        previous: list[mx.array] = []
+        for chosen, norm in clip.chunks:
+            run(chosen, [norm, *previous])
+            previous = [leaves.parameters[chosen[0]]]
 
     def _run(
         self, leaves: Leaves, rule: str, hyperparameters: Any, **rest: Any
@@ -807,6 +851,42 @@ class FusedOptimizer(Optimizer):
                     state[key] = as_array(state[key])
         if not run():
             raise TypeError(f"[{type(self).__name__}] expected trees of arrays")
+
+    def _watch_precision(self, leaves: Leaves) -> None:
+        """Warn, once, of weights of half precision that a step does not change.
+
+        Looks at a few steps of the run, after them: that holds no array, and evaluates
+        nothing but what the step before has made.
+        """
+        self._calls += 1
+        before, self._watched = self._watched, None
+        is_due = self._calls & (self._calls - 1) == 0 and self._calls <= 1 << 12
+        if self.master_weights or self.stochastic_rounding or not (before or is_due):
+            return
+        halves = [
+            p for p in leaves.parameters if getattr(p, "dtype", None) in HALF_DTYPES
+        ]
+        if not halves or len(halves) < len(leaves):
+            return
+        try:
+            now = [
+                (mx.sum(bits).item(), mx.sum(bits * bits).item())
+                for bits in (p.view(mx.uint16).astype(mx.uint32) for p in halves)
+            ]
+            rate = self.state.get("learning_rate")
+            moves = rate is not None and bool(mx.any(as_array(rate) != 0).item())
+            if before == now and any(mx.any(g != 0).item() for g in leaves.gradients):
+                warn_caller(
+                    f"{type(self).__name__}: a step changed no parameter, because it is "
+                    f"below the precision of {halves[0].dtype}. Use "
+                    'master_weights="24bit" or stochastic_rounding=True'
+                )
+                self._calls = 1 << 12
+                return
+        except ValueError:  # MLX evaluates nothing inside of transformations
+            return
+        if is_due and moves:
+            self._watched = now
 
     def _explain(self, error: Exception, leaves: Leaves) -> None:
         """Raise a clearer error, if the leaves tell what is wrong."""

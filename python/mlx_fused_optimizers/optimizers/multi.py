@@ -162,7 +162,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         is_outermost = clip is None
         if clip is None:
             self._set_option_state()
-            clip = self._measure(leaves)
+            clip = self._measure(leaves)._replace(chunks=())  # parts have others
             gradients = leaves.replace(leaves.gradients)  # scaled, if in float64
         chosen = self._chosen(leaves)
         parts = self._split(gradients, chosen)

@@ -27,6 +27,7 @@ class StepOptions(TypedDict, total=False):
     """Of all optimizers."""
 
     max_grad_norm: float | None
+    clip_by_last_norm: bool
     skip_nonfinite: bool
 
 
@@ -83,6 +84,22 @@ def check_betas(optimizer: Any, betas: Any, count: int = 2) -> None:
 def _check_max_grad_norm(optimizer: Any, value: Any) -> None:
     if value is not None:
         check_limit("max_grad_norm", value)
+
+
+def _check_clip_by_last_norm(optimizer: Any, value: Any) -> None:
+    _check_one_norm(value, getattr(optimizer, "skip_nonfinite", False))
+
+
+def _check_skip_nonfinite(optimizer: Any, value: Any) -> None:
+    _check_one_norm(getattr(optimizer, "clip_by_last_norm", False), value)
+
+
+def _check_one_norm(clip_by_last_norm: Any, skip_nonfinite: Any) -> None:
+    if clip_by_last_norm and skip_nonfinite:
+        raise ValueError(
+            "clip_by_last_norm and skip_nonfinite exclude each other: whether a step is "
+            "skipped depends on its own norm"
+        )
 
 
 def _check_state_dtype(optimizer: Any, value: Any) -> None:
@@ -171,12 +188,21 @@ max_grad_norm (float, optional): Scale the gradients so that their global norm
     does not exceed this, as :func:`clip_grad_norm` does. Default: ``None``""",
         _check_max_grad_norm,
     ),
+    "clip_by_last_norm": Option(
+        False,
+        """\
+clip_by_last_norm (bool, optional): Let ``max_grad_norm`` scale the gradients by
+    the norm of the step before, the first not at all. Then no update waits for
+    all gradients, and each is freed when it has been used. Default: ``False``""",
+        _check_clip_by_last_norm,
+    ),
     "skip_nonfinite": Option(
         False,
         """\
 skip_nonfinite (bool, optional): A step whose gradients' global norm is not
     finite changes no parameter, no state and no step count, which is decided
     on the device. Default: ``False``""",
+        _check_skip_nonfinite,
     ),
     "state_dtype": Option(
         None,
@@ -265,6 +291,10 @@ WITHOUT_EFFECT: list[tuple[Callable[[Any], Any], str]] = [
     (
         lambda o: o.weight_decay_filter is not None and not o.weight_decay,
         "weight_decay_filter has no effect with a weight_decay of 0",
+    ),
+    (
+        lambda o: o.clip_by_last_norm and o.max_grad_norm is None,
+        "clip_by_last_norm has no effect without max_grad_norm",
     ),
     (
         lambda o: o.quantize_filter is not None and not isinstance(o.state_dtype, str),
