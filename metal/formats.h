@@ -9,9 +9,9 @@ METAL_FUNC uint32_t as_bits(float x) { return as_type<uint32_t>(x); }
 
 METAL_FUNC float as_float(uint32_t bits) { return as_type<float>(bits); }
 
-METAL_FUNC bool is_nan(float x) { return (as_bits(x) << 1) > 0xff000000u; }
+METAL_FUNC bool is_nan(float x) { return (as_bits(x) << 1u) > 0xff000000u; }
 
-METAL_FUNC bool is_finite(float x) { return (as_bits(x) << 1) < 0xff000000u; }
+METAL_FUNC bool is_finite(float x) { return (as_bits(x) << 1u) < 0xff000000u; }
 
 template <typename T>
 METAL_FUNC T choose(bool condition, T a, T b) {
@@ -51,14 +51,14 @@ METAL_FUNC T to_float(uint32_t x) {
 // need no more, and get the same on every processor. Of 0, a finite number.
 template <typename T, typename U>
 METAL_FUNC T inverse_square_root(T x) {
-  const T y = as_float(U(0x5f3159dfu) - (as_bits(x) >> 1));
+  const T y = as_float(U(0x5f3159dfu) - (as_bits(x) >> 1u));
   const T left = x * y * y;
   return y * ((0.43251994f * left - 1.3627735f) * left + 1.930259f);
 }
 
 template <typename T, typename U>
 METAL_FUNC T inverse_fourth_root(T x) {
-  const T y = as_float(U(0x4f524800u) - (as_bits(x) >> 2));
+  const T y = as_float(U(0x4f524800u) - (as_bits(x) >> 2u));
   const T square = y * y;
   const T left = x * square * square;
   return y * ((0.20476955f * left - 0.6551124f) * left + 1.4504113f);
@@ -121,7 +121,7 @@ METAL_FUNC void split_bfloat16(T x, thread T& weight, thread U& rest) {
 template <typename T, typename U>
 METAL_FUNC U shortened(U rest, T weight) {
   const U middle = choose(is_finite(weight), U(0x8080u), U(0x8000u));
-  return clamped((rest + middle) >> 8, U(1u), U(255u)) - 128u;
+  return clamped((rest + middle) >> 8u, U(1u), U(255u)) - 128u;
 }
 
 template <typename T, typename U>
@@ -136,7 +136,7 @@ template <typename T, typename U>
 METAL_FUNC T unit_of_float16(T weight, U exponents) {
   const U binade = clamped(as_bits(weight) & 0x7f800000u, U(0x38800000u),
                            U(0x47000000u));
-  return as_float(binade - (exponents << 23));
+  return as_float(binade - (exponents << 23u));
 }
 
 template <typename T, typename U>
@@ -159,9 +159,9 @@ METAL_FUNC T joined_float16(T weight, U error, U exponents) {
 // The finisher of MurmurHash3.
 template <typename U>
 METAL_FUNC U mixed(U x) {
-  x = (x ^ (x >> 16)) * 0x85ebca6bu;
-  x = (x ^ (x >> 13)) * 0xc2b2ae35u;
-  return x ^ (x >> 16);
+  x = (x ^ (x >> 16u)) * 0x85ebca6bu;
+  x = (x ^ (x >> 13u)) * 0xc2b2ae35u;
+  return x ^ (x >> 16u);
 }
 
 template <typename U>
@@ -179,17 +179,17 @@ METAL_FUNC U random_bits(U key, U high, U low) {
 template <typename T, typename U>
 METAL_FUNC T stochastic_bfloat16(T x, U random) {
   const U bits = as_bits(x);
-  return choose(is_finite(x), as_float((bits + (random >> 16)) & 0xffff0000u), x);
+  return choose(is_finite(x), as_float((bits + (random >> 16u)) & 0xffff0000u), x);
 }
 
 // The same of float16, whose values near zero lie in a fixed interval.
 template <typename T, typename U>
 METAL_FUNC T stochastic_float16(T x, U random) {
-  const T usual = as_float((as_bits(x) + (random >> 19)) & 0xffffe000u);
+  const T usual = as_float((as_bits(x) + (random >> 19u)) & 0xffffe000u);
   const T size = magnitude(x) * 16777216.0f;
   const T low = round_down(size);
   const T is_up = sign_of(larger(
-      size - low - to_float<T>(random >> 8) * 5.9604645e-8f, T(0.0f)));
+      size - low - to_float<T>(random >> 8u) * 5.9604645e-8f, T(0.0f)));
   const T small = sign_of(x) * ((low + is_up) * 5.9604645e-8f);
   return choose(is_finite(x), choose(is_positive(1024.0f - size), small, usual), x);
 }

@@ -7,12 +7,14 @@ place; the numbers are those of its plain operations (csrc/graph/composed.cpp).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
+from ._formats import BLOCKS, ERRORS, HALF_DTYPES, has_shape, is_error, kind_of
 from ._rules import header, number_of, rules
 
 FUSED_DTYPES = {mx.float32, mx.float16, mx.bfloat16}
@@ -33,6 +35,88 @@ def hyperparameters(rule: str) -> list[str]:
 
 def states(rule: str) -> list[str]:
     return [*_rule_named(rule).state_names]
+
+
+def non_negative(rule: str) -> list[str]:
+    return [*_rule_named(rule).non_negative_names]
+
+
+def encode(
+    values: mx.array, storage: str, is_never_negative: bool
+) -> tuple[mx.array, mx.array]:
+    x = _in_blocks(values.astype(mx.float32), BLOCKS[storage])
+    # As the largest of the bits: that of a NaN is the largest.
+    bits = mx.abs(x).view(mx.uint32)
+    scales = (mx.max(bits, axis=-1) if x.size else mx.zeros((0,), mx.uint32)).view(
+        mx.float32
+    )
+    sign = "positive" if is_never_negative else "signed"
+    most = _most(storage, is_never_negative)
+    stretch = header()[f"stretch_{sign}"](scales[:, None], most)
+    whole = header()[f"encoded_{sign}"](x, stretch).reshape(-1)[: values.size]
+    if storage == "int8":
+        dtype = mx.uint8 if is_never_negative else mx.int8
+        return whole.astype(dtype).reshape(values.shape), scales
+    pairs = _in_blocks(whole.astype(mx.int8).astype(mx.uint8), 2)
+    return (pairs[:, 0] & 15) | ((pairs[:, 1] & 15) << 4), scales
+
+
+def decode(
+    codes: mx.array,
+    scales: mx.array,
+    shape: Sequence[int],
+    storage: str,
+    is_never_negative: bool,
+) -> mx.array:
+    size = math.prod(shape)
+    if storage == "int4":
+        codes = mx.stack([codes & 15, codes >> 4], axis=-1).reshape(-1)[:size]
+        if not is_never_negative:  # the sign of 4 bits
+            codes = (codes ^ 8).astype(mx.int8) - 8
+    sign = "positive" if is_never_negative else "signed"
+    blocks = _in_blocks(codes.astype(mx.float32), BLOCKS[storage])
+    most = _most(storage, is_never_negative)
+    values = header()[f"decoded_{sign}"](blocks, scales[:, None], most)
+    return values.reshape(-1)[:size].reshape(shape)
+
+
+def split(
+    values: mx.array, storage: str, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    x = values.astype(mx.float32)
+    error = ERRORS[storage]
+    if dtype == mx.float16:
+        most = 127.0 if error == mx.int8 else 32767.0
+        weight, rest = header()["split_float16"](x, _exponents(error), most, 0, 0)
+    else:
+        weight, rest = header()["split_bfloat16"](x, 0, 0)
+        if error == mx.int8:
+            rest = header()["shortened"](rest, weight)
+    return weight.astype(dtype), rest.view(mx.int32).astype(error)
+
+
+def join(weights: mx.array, errors: mx.array) -> mx.array:
+    wide = weights.astype(mx.float32)
+    rest = errors.astype(mx.int32).view(mx.uint32)
+    if weights.dtype == mx.float16:
+        exponents = _exponents(errors.dtype)
+        return header()["joined_float16"](wide, rest, exponents)
+    return header()["joined_bfloat16"](
+        wide, rest * 256 if errors.dtype == mx.int8 else rest
+    )
+
+
+def round_stochastically(
+    values: mx.array, dtype: mx.Dtype, seed: mx.array, step: mx.array, tensor: int
+) -> mx.array:
+    numbers = mx.arange(values.size, dtype=mx.uint64).reshape(values.shape)
+    key = header()["random_key"](
+        seed.astype(mx.uint32), step.astype(mx.uint32), tensor
+    )
+    high, low = (x.astype(mx.uint32) for x in (numbers >> 32, numbers))
+    random = header()["random_bits"](key, high, low)
+    name = "float16" if dtype == mx.float16 else "bfloat16"
+    return header()[f"stochastic_{name}"](values, random).astype(dtype)
 
 
 def written_slots(rule: str) -> tuple[int, list[int]]:
@@ -146,6 +230,7 @@ class Leaves:
         step: mx.array | None = None,
         gradient_scale: mx.array | None = None,
         skip: mx.array | None = None,
+        seed: mx.array | None = None,
         per_tensor: bool = False,
         state_dtype: mx.Dtype | None = None,
         indices: Sequence[int] | None = None,
@@ -155,7 +240,11 @@ class Leaves:
         kind = _rule_named(rule)
         prepared = [_with_numbers(kind, values) for values in hyperparameters]
         chosen = [*range(len(self))] if indices is None else [*indices]
-        slots = [self._slots(kind, i, state_dtype) for i in chosen]
+        held = [self._held(rule, kind, i) for i in chosen]
+        slots = [
+            self._slots(kind, i, state_dtype, entry)
+            for i, entry in zip(chosen, held, strict=True)
+        ]
         if any(not isinstance(x, mx.array) for tensor in slots for x in tensor):
             return False
         set_of = [0] * len(chosen) if sets is None else sets
@@ -183,22 +272,101 @@ class Leaves:
                 for name, x in scalars.items()
             }
             new = _updated(prepared[set_of[entry]], given, **own)
-            changed.append(_stored(kind, given, new, state_dtype is not None))
-        for i, new in zip(chosen, changed, strict=True):
+            is_random = seed is not None and kind.writes_parameter
+            changed.append(
+                self._stored(
+                    rule,
+                    kind,
+                    chosen[entry],
+                    given,
+                    new,
+                    held[entry],
+                    state_dtype is not None,
+                    (seed, step) if is_random else None,
+                )
+            )
+        for i, (new, entries) in zip(chosen, changed, strict=True):
             if kind.reads_parameter and kind.writes_parameter:
                 self._parameters[i] = new[0]
             if kind.writes_gradient:
                 self._gradients[i] = new[-1]
-            first = int(kind.reads_parameter)
-            for key, value in zip(kind.state_names, new[first:], strict=False):
+            for key, value in entries.items():
                 self._changes.append((i, key, value))
         return True
 
-    def _slots(self, rule: Any, i: int, state_dtype: mx.Dtype | None) -> list[Any]:
+    def _held(self, rule: str, kind: Any, i: int) -> dict[str, Any]:
+        """The states in codes, and a weight's error, as ``_ext`` finds them."""
+        state = self._states[i]
+        if not isinstance(state, dict) or not kind.reads_parameter:
+            return {}
+        held = {
+            key: codes
+            for key in kind.state_names
+            if key not in state and (codes := kind_of(state, key))
+        }
+        parameter = self._parameters[i]
+        is_half = getattr(parameter, "dtype", None) in HALF_DTYPES
+        if is_half and is_error(state.get("error")):
+            _check_shape("error", state["error"], parameter)
+            held["error"] = "24bit" if state["error"].dtype == mx.int8 else "32bit"
+        for key in held.keys() - {"error"}:
+            if not has_shape(state, key, parameter.shape):
+                codes = state[f"{key}_{held[key]}"]
+                raise ValueError(
+                    f"the state {key}_{held[key]} has shape {_shape(codes.shape)}; "
+                    f"expected that of a parameter of shape {_shape(parameter.shape)}"
+                )
+        return held
+
+    def _stored(
+        self,
+        rule: str,
+        kind: Any,
+        i: int,
+        given: list[mx.array],
+        new: list[mx.array],
+        held: dict[str, Any],
+        keep_dtypes: bool,
+        random: tuple[mx.array, Any] | None,
+    ) -> tuple[list[mx.array], dict[str, mx.array]]:
+        """The new slots, and the entries of the state."""
+        parameter = self._parameters[i]
+        is_half = getattr(parameter, "dtype", None) in HALF_DTYPES
+        is_random = random is not None and is_half and "error" not in held
+        plain = _stored(kind, given, new, keep_dtypes or bool(held) or is_random)
+        first = int(kind.reads_parameter)
+        entries = dict(zip(kind.state_names, plain[first:], strict=False))
+        for key in entries.keys() & held.keys():
+            value = new[first + kind.state_names.index(key)]
+            codes, scales = encode(
+                value, held[key], key in kind.non_negative_names
+            )
+            del entries[key]
+            entries |= {f"{key}_{held[key]}": codes, f"{key}_scales": scales}
+        if "error" in held and kind.writes_parameter:
+            plain[0], entries["error"] = split(new[0], held["error"], parameter.dtype)
+        elif is_random and random is not None:
+            seed, step = random
+            plain[0] = round_stochastically(
+                new[0].astype(mx.float32), parameter.dtype, seed, step, i
+            )
+        return plain, entries
+
+    def _slots(
+        self, rule: Any, i: int, state_dtype: mx.Dtype | None, held: dict[str, Any]
+    ) -> list[Any]:
         """Parameter, states and gradient, as far as the rule has them."""
         slots = [self._parameters[i]] if rule.reads_parameter else []
+        if "error" in held:
+            slots = [join(slots[0], self._states[i]["error"])]
         for key in rule.state_names:
             state = self._states[i]
+            if key in held:
+                codes, scales = state[f"{key}_{held[key]}"], state[f"{key}_scales"]
+                is_positive = key in rule.non_negative_names
+                shape = self._parameters[i].shape
+                slots.append(decode(codes, scales, shape, held[key], is_positive))
+                continue
             value = state.get(key) if isinstance(state, dict) else None
             if isinstance(value, mx.array):
                 _check_state(rule, key, value, self._parameters[i], self._gradients[i])
@@ -295,7 +463,12 @@ def set_num_threads(count: int) -> None:
 
 
 def check_update(
-    rule: str, parameter: mx.array, gradient: mx.array, state: mx.array
+    rule: str,
+    parameter: mx.array,
+    gradient: mx.array,
+    state: mx.array,
+    parameter_storage: str = "plain",
+    state_storage: str = "plain",
 ) -> str | None:
     return NO_KERNELS
 
@@ -468,6 +641,30 @@ def _check_state(
             f"the state {key} has shape {_shape(value.shape)}; expected "
             f"{_shape(shapes[0])}"
         )
+
+
+def _check_shape(key: str, value: mx.array, parameter: mx.array) -> None:
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"the state {key} has shape {_shape(value.shape)}; expected "
+            f"{_shape(parameter.shape)}"
+        )
+
+
+def _in_blocks(a: mx.array, block: int) -> mx.array:
+    """As rows of blocks, filled up with zeros."""
+    flat = a.reshape(-1)
+    rest = -flat.size % block
+    return (mx.pad(flat, (0, rest)) if rest else flat).reshape(-1, block)
+
+
+def _most(storage: str, is_never_negative: bool) -> float:
+    bits = 8 if storage == "int8" else 4
+    return float((1 << (bits if is_never_negative else bits - 1)) - 1)
+
+
+def _exponents(error: mx.Dtype) -> int:
+    return 18 if error == mx.int8 else 26
 
 
 def _shape(shape: Sequence[int]) -> str:

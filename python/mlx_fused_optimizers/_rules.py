@@ -1,8 +1,8 @@
-"""The rules of metal/update_rules.h in Python, where a value is an array or a number.
+"""metal/update_rules.h and formats.h in Python, where a value is an array or a number.
 
-So the arithmetic has one place, the header, which the package holds a copy of. Its
-language is small: functions and structs of a type T, declarations, assignments, and
-branches on hyper-parameters. Each statement becomes a line of Python.
+So the arithmetic has one place, the headers, which the package holds copies of. Their
+language is small: functions and structs of the types T and U, declarations,
+assignments, and branches on hyper-parameters. Each statement becomes a line of Python.
 
 A number takes the dtype of the array that it meets, as in csrc/graph/node.h, of which
 the functions below are the Python.
@@ -46,8 +46,25 @@ def _array(x: Any) -> mx.array:
     return x if isinstance(x, mx.array) else mx.array(x, mx.float32)
 
 
+def nearest(x: mx.array) -> mx.array:
+    return mx.where(mx.isnan(x), 0.0, mx.round(x))
+
+
 FUNCTIONS = {
+    "as_bits": lambda x: x.view(mx.uint32),
+    "as_float": lambda x: x.view(mx.float32),
+    "choose": mx.where,
+    "clamped": lambda x, least, most: mx.minimum(mx.maximum(x, least), most),
     "differs": differs,
+    "half_of": lambda x: x.astype(mx.float16).astype(mx.float32),
+    "is_finite": mx.isfinite,
+    "is_nan": mx.isnan,
+    "is_positive": lambda x: x > 0,
+    "nearest": nearest,
+    "round_down": mx.floor,
+    "to_float": lambda x: x.view(mx.int32).astype(mx.float32),
+    "to_integer": lambda x: x.astype(mx.int32).view(mx.uint32),
+    "whole": lambda x: mx.array(x, mx.uint32) if isinstance(x, int) else x,
     "larger": mx.maximum,
     "magnitude": magnitude,
     "one_minus_power": one_minus_power,
@@ -60,10 +77,10 @@ FUNCTIONS = {
 
 @cache
 def header() -> dict[str, Any]:
-    """The functions and classes of the header by their names."""
-    text = (Path(__file__).parent / "update_rules.h").read_text()
+    """The functions and classes of the headers by their names."""
     code: dict[str, Any] = dict(FUNCTIONS)
-    exec(translate(text), code)
+    for name in ("update_rules.h", "formats.h"):
+        exec(translate((Path(__file__).parent / name).read_text()), code)
     return code
 
 
@@ -91,20 +108,23 @@ def number_of(value: Any) -> Any:
     return number
 
 
-# What is translated: not the functions of float, of which those above are the Python.
+# What is translated: not the functions of float and of the machine's integers, of which
+# those above are the Python.
 _ITEM = re.compile(
-    r"METAL_FUNC (?P<result>T) (?P<function>\w+)\((?P<parameters>[^)]*)\)\s*\{"
+    r"METAL_FUNC (?P<result>T|U|void) (?P<function>\w+)"
+    r"\((?P<parameters>(?!float|uint32_t|bool)[^)]*)\)\s*\{"
     r"|RULE\((?P<rule>\w+)\)\s*\{|struct (?P<struct>\w+)\s*\{"
 )
 _METHOD = re.compile(
     r"(?P<result>void|T) (?P<function>\w+)\((?P<parameters>[^)]*)\)"
     r"(?: const)? thread\s*\{"
 )
-_NAMES = re.compile(r"(HYPERPARAMETERS|STATES)\(([^)]*)\)\s*;")
+_NAMES = re.compile(r"(HYPERPARAMETERS|STATES|NON_NEGATIVE)\(([^)]*)\)\s*;")
 _CONSTANT = re.compile(r"static constexpr constant (?:int|bool) (\w+) = (\w+);")
 _MEMBER = re.compile(r"T (\w+);")
 _WORD = re.compile(
-    r"(?<![\w.\[])(?:(?P<number>\d[\d.]*(?:e[-+]?\d+)?)f?|(?P<name>[A-Za-z_]\w*))"
+    r"(?<![\w.\[])(?:(?P<whole>0x[0-9a-f]+|\d+)u"
+    r"|(?P<number>\d[\d.]*(?:e[-+]?\d+)?)f?|(?P<name>[A-Za-z_]\w*))"
 )
 
 
@@ -119,7 +139,7 @@ def translate(text: str) -> str:
             continue
         base = "(RuleDefaults)" if item["rule"] else ""
         lines += [f"class {item['rule'] or item['struct']}{base}:"]
-        lines += ["  number_names = state_names = ()"] * (not base)
+        lines += ["  number_names = state_names = non_negative_names = ()"] * (not base)
         lines += [f"  {line}" for line in _struct(body)]
     return "\n".join(lines)
 
@@ -134,6 +154,8 @@ def _struct(body: str) -> list[str]:
         names = tuple(re.findall(r"\w+", arguments))
         if kind == "STATES":
             lines.append(f"state_names = {names}")
+        elif kind == "NON_NEGATIVE":
+            lines.append(f"non_negative_names = {names}")
         else:
             lines.append(f"number_names = {names}")
             members |= {*names}
@@ -160,7 +182,7 @@ def _function(head: re.Match[str], body: str, names: Names) -> list[str]:
         if re.search("[&*]", parameter)
     ]
     own = ["self"] if names else []
-    names = {**names, **{name: name for name in arguments}, "T": ""}
+    names = {**names, **{name: name for name in arguments}, "T": "", "U": "whole"}
     lines = [f"def {head['function']}({', '.join(own + arguments)}):"]
     lines += _statements(body, names)
     if head["result"] == "void":
@@ -204,7 +226,7 @@ def _statement(text: str, names: Names) -> list[str]:
     if number := re.fullmatch(r"Number<T> (\w+)", text):
         names[number[1]] = number[1]
         return [f"{number[1]} = Number()"]
-    if local := re.fullmatch(r"(?:const )?T (\w+)(.*)", text):
+    if local := re.fullmatch(r"(?:const )?[TU] (\w+)(.*)", text):
         names[local[1]] = local[1]
         text = local[1] + local[2]
         if not local[2]:
@@ -216,10 +238,13 @@ def _statement(text: str, names: Names) -> list[str]:
 
 
 def _expression(text: str, names: Names) -> str:
-    if re.search(r"[^\w\s.,()+*/\[\]-]", text):
+    text = re.sub(r"<[TU](?:, [TU])*>", "", text)
+    if re.search(r"[^\w\s.,()+*/\[\]&|^-]", text.replace(">>", "").replace("<<", "")):
         raise _untranslatable(text)
 
     def word(match: re.Match[str]) -> str:
+        if match["whole"]:
+            return match["whole"]
         if match["number"]:
             return repr(float(match["number"]))
         return names.get(match["name"], match["name"])
@@ -238,4 +263,4 @@ def _braces(text: str, start: int) -> str:
 
 
 def _untranslatable(text: str) -> ValueError:
-    return ValueError(f"update_rules.h has {text!r}, which _rules.py cannot translate")
+    return ValueError(f"a header has {text!r}, which _rules.py cannot translate")

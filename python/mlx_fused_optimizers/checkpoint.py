@@ -24,9 +24,9 @@ import mlx.nn as nn
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from ._formats import HALF_DTYPES, has_shape, plain_name
 from ._kernels import kernels
 from .optimizers.base import INIT, Optimizer, parts_of, rebuilt
-from .optimizers.held import HALF_DTYPES, has_shape, plain_name
 from .optimizers.options import OPTIONS, warn_caller
 
 __all__ = ["load", "save"]

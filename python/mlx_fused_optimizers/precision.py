@@ -10,9 +10,10 @@ import mlx.nn as nn
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
+from ._formats import HALF_DTYPES, is_error, plain_name
 from ._kernels import kernels
 from .optimizers.base import FusedOptimizer, rebuilt
-from .optimizers.held import HALF_DTYPES, is_error, plain_name, release
+from .optimizers.held import release
 
 
 def _is_vector(path: str, array: mx.array) -> bool:

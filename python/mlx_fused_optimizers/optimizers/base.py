@@ -14,17 +14,9 @@ import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten
 
+from .._formats import HALF_DTYPES, has_shape, is_error, kind_of, plain_name
 from .._kernels import kernels
-from .held import (
-    HALF_DTYPES,
-    has_shape,
-    hold,
-    hold_error,
-    is_error,
-    kind_of,
-    plain_name,
-    release,
-)
+from .held import hold, hold_error, release
 from .options import (
     FUSED_DTYPES,
     OPTIONS,

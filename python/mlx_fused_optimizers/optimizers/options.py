@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import mlx.core as mx
 
-from .held import BLOCKS, ERRORS, HALF_DTYPES
+from .._formats import BLOCKS, ERRORS, HALF_DTYPES
 
 FUSED_DTYPES = (mx.float32, *HALF_DTYPES)
 
