@@ -1,31 +1,32 @@
 // Codes and errors between device memory and registers; the formulas are those of
 // formats.h.
 
-// Four codes. `at` is of neighbours, the first of which is a multiple of four.
+// Four codes, of 8 bits in a word and of 4 bits in half of one, the first lowest.
+// `at` is of neighbours, the first of which is a multiple of four.
+template <int bits>
+struct Word {
+  using type = uint;
+};
+template <>
+struct Word<4> {
+  using type = ushort;
+};
+
 template <int bits, bool is_positive>
 METAL_FUNC void
 load_codes(const device uint8_t* in, const thread Elements& at, thread int* q) {
-  uint8_t bytes[vector_size] = {0, 0, 0, 0};
   const device uint8_t* from = in + at.start * bits / 8;
-  constexpr int whole = vector_size * bits / 8;
+  uint word = 0;
   if (at.vectorized) {
-    const vec<uint8_t, whole> values =
-        *reinterpret_cast<const device vec<uint8_t, whole>*>(from);
-    for (int i = 0; i < whole; ++i) {
-      bytes[i] = values[i];
-    }
+    word = *reinterpret_cast<const device typename Word<bits>::type*>(from);
   } else {
-    for (int i = 0; i < whole; ++i) {
-      if (i * 8 < at.count * bits) {
-        bytes[i] = from[i];
-      }
+    for (int i = 0; i * 8 < at.count * bits; ++i) {
+      word |= uint(from[i]) << uint(8 * i);
     }
   }
   FOR_EACH_OF_VECTOR {
-    const int code = bits == 8      ? int(bytes[i])
-                     : i % 2 == 0 ? int(bytes[i / 2]) & 15
-                                    : int(bytes[i / 2]) >> 4;
     constexpr int sign = is_positive ? 0 : 1 << (bits - 1);
+    const int code = int(word >> uint(bits * i)) & ((1 << bits) - 1);
     q[i] = (code ^ sign) - sign;
   }
 }
@@ -34,19 +35,16 @@ template <int bits>
 METAL_FUNC void
 store_codes(const thread int* q, const thread Elements& at, device uint8_t* out) {
   device uint8_t* to = out + at.start * bits / 8;
-  constexpr int whole = vector_size * bits / 8;
-  vec<uint8_t, whole> bytes;
-  for (int i = 0; i < whole; ++i) {
-    bytes[i] = uint8_t(
-        bits == 8 ? q[i] : (q[2 * i] & 15) | (q[2 * i + 1] & 15) << 4);
+  uint word = 0;
+  FOR_EACH_OF_VECTOR {
+    word |= (uint(q[i]) & ((1u << uint(bits)) - 1u)) << uint(bits * i);
   }
   if (at.vectorized) {
-    *reinterpret_cast<device vec<uint8_t, whole>*>(to) = bytes;
+    using Type = typename Word<bits>::type;
+    *reinterpret_cast<device Type*>(to) = Type(word);
   } else {
-    for (int i = 0; i < whole; ++i) {
-      if (i * 8 < at.count * bits) {
-        to[i] = bytes[i];
-      }
+    for (int i = 0; i * 8 < at.count * bits; ++i) {
+      to[i] = uint8_t(word >> uint(8 * i));
     }
   }
 }
