@@ -20,6 +20,11 @@ ERRORS = {"24bit": mx.int8, "32bit": mx.int16}
 HALF_DTYPES = (mx.float16, mx.bfloat16)
 
 
+def is_half(value: Any) -> bool:
+    """Whether a value is an array of half precision."""
+    return isinstance(value, mx.array) and value.dtype in HALF_DTYPES
+
+
 def kind_of(state: State, key: str) -> str | None:
     """The kind of codes that a state is in, if it is."""
     return next((kind for kind in BLOCKS if f"{key}_{kind}" in state), None)

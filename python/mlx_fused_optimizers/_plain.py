@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ._formats import BLOCKS, ERRORS, HALF_DTYPES, has_shape, is_error, kind_of
+from ._formats import BLOCKS, ERRORS, has_shape, is_error, is_half, kind_of
 from ._rules import header, number_of, rules
 
 FUSED_DTYPES = {mx.float32, mx.float16, mx.bfloat16}
@@ -305,8 +305,7 @@ class Leaves:
             if key not in state and (codes := kind_of(state, key))
         }
         parameter = self._parameters[i]
-        is_half = getattr(parameter, "dtype", None) in HALF_DTYPES
-        if is_half and is_error(state.get("error")):
+        if is_half(parameter) and is_error(state.get("error")):
             _check_shape("error", state["error"], parameter)
             held["error"] = "24bit" if state["error"].dtype == mx.int8 else "32bit"
         for key in held.keys() - {"error"}:
@@ -331,8 +330,7 @@ class Leaves:
     ) -> tuple[list[mx.array], dict[str, mx.array]]:
         """The new slots, and the entries of the state."""
         parameter = self._parameters[i]
-        is_half = getattr(parameter, "dtype", None) in HALF_DTYPES
-        is_random = random is not None and is_half and "error" not in held
+        is_random = random is not None and is_half(parameter) and "error" not in held
         plain = _stored(kind, given, new, keep_dtypes or bool(held) or is_random)
         first = int(kind.reads_parameter)
         entries = dict(zip(kind.state_names, plain[first:], strict=False))

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from ._formats import HALF_DTYPES, is_error, plain_name
+from ._formats import HALF_DTYPES, is_error, is_half, plain_name
 from ._kernels import kernels
 from .optimizers.base import FusedOptimizer, rebuilt
 from .optimizers.held import release
@@ -152,7 +152,7 @@ def _plain_state(
             for key in {plain_name(entry) for entry in state}:
                 release(state, key, parameter.shape, optimizer._rule())
         return {
-            key: x.astype(mx.float32) if getattr(x, "dtype", None) in HALF_DTYPES else x
+            key: x.astype(mx.float32) if is_half(x) else x
             for key, x in state.items()
         }
 

@@ -14,7 +14,14 @@ import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten
 
-from .._formats import HALF_DTYPES, has_shape, is_error, kind_of, plain_name
+from .._formats import (
+    HALF_DTYPES,
+    has_shape,
+    is_error,
+    is_half,
+    kind_of,
+    plain_name,
+)
 from .._kernels import kernels
 from .held import hold, hold_error, release
 from .options import (
@@ -855,15 +862,16 @@ class FusedOptimizer(Optimizer):
         is_due = self._calls & (self._calls - 1) == 0 and self._calls <= 1 << 12
         if self.master_weights or self.stochastic_rounding or not (before or is_due):
             return
-        halves = [
-            p for p in leaves.parameters if getattr(p, "dtype", None) in HALF_DTYPES
-        ]
+        halves = [p for p in leaves.parameters if is_half(p)]
         if not halves or len(halves) < len(leaves):
             return
         try:
+            # Sums that tell the upper byte from the lower, without another array.
             now = [
-                (mx.sum(bits).item(), mx.sum(bits * bits).item())
-                for bits in (p.view(mx.uint16).astype(mx.uint32) for p in halves)
+                mx.sum(p.view(dtype)).item()
+                for p in halves
+                if p.ndim > 0
+                for dtype in (mx.uint16, mx.uint8)
             ]
             rate = self.state.get("learning_rate")
             moves = rate is not None and bool(mx.any(as_array(rate) != 0).item())
