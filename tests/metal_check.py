@@ -15,6 +15,8 @@ import metal_simulator
 import mlx.core as mx
 from cross_compile.cross_compile import CrossCompileError, cross_compile
 from metal_simulator.extension import extension
+from mlx_fused_optimizers._kernels import using
+from mlx_fused_optimizers.selfcheck import held_kernels
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +38,13 @@ def run_every_kernel() -> tuple[set[str], list[str]]:
             if failure := kernels.check_update(rule, *mixture):
                 dtypes = ", ".join(str(x.dtype) for x in mixture)
                 failures.append(f"{rule} ({dtypes}): {failure}")
+        with using(kernels):
+            held = held_kernels(rule)
+        for dtype, *storages in held:
+            like = mx.zeros((1,), getattr(mx, dtype))
+            failure = kernels.check_update(rule, like, like, arrays[0], *storages)
+            if failure:
+                failures.append(f"{rule} ({dtype}, {storages}): {failure}")
     for array in arrays:
         if failure := kernels.check_sums(array):
             failures.append(f"sums ({array.dtype}): {failure}")

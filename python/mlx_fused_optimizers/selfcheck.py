@@ -27,6 +27,27 @@ MIXTURES = [
     *[(half, half, "float32") for half in ("float16", "bfloat16")],
     *[("float32", half, "float32") for half in ("float16", "bfloat16")],
 ]
+# The dtype of parameter and gradient, and how parameter and states are held: each way to
+# hold either. States that are in no codes are float32.
+HELD = [
+    ("bfloat16", "24bit", "int8"),
+    ("bfloat16", "32bit", "int4"),
+    ("bfloat16", "stochastic", "plain"),
+    ("float16", "24bit", "int8"),
+    ("float16", "stochastic", "plain"),
+]
+
+
+def held_kernels(rule: str) -> list[tuple[str, str, str]]:
+    """Those of :data:`HELD` that a rule can have: a parameter, and states in codes."""
+    is_factored = rule.startswith("Adafactor")
+    slots, written = kernels.written_slots(rule)
+    has_parameter = slots > len(kernels.states(rule)) + 1
+    return [
+        (dtype, parameter, state if kernels.states(rule) else "plain")
+        for dtype, parameter, state in HELD
+        if has_parameter and not is_factored and (0 in written or state != "plain")
+    ]
 
 
 class Result(NamedTuple):
@@ -62,6 +83,13 @@ def _check_device(device: str) -> Iterator[Result]:
             given = [arrays[dtype] for dtype in mixture]
             failure = kernels.check_update(rule, *given)
             yield Result(device, rule, *mixture, failure)
+        for dtype, parameter, state in held_kernels(rule):
+            like = arrays[dtype]
+            failure = kernels.check_update(
+                rule, like, like, arrays["float32"], parameter, state
+            )
+            held = "float32" if state == "plain" else state
+            yield Result(device, rule, f"{dtype} {parameter}", dtype, held, failure)
     for dtype, array in arrays.items():
         yield Result(device, "sums", "", dtype, "", kernels.check_sums(array))
 
@@ -91,7 +119,7 @@ def main() -> int:
 
     why_plain = reason()
     results = []
-    row = "{:<6} {:<20} {:<10} {:<10} {:<10} {}"
+    row = "{:<6} {:<20} {:<19} {:<10} {:<10} {}"
     if not as_json:
         print(f"Backend in use: {backend()}.")
         if why_plain is not None:
