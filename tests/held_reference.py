@@ -138,3 +138,94 @@ def assert_same_bits(found: mx.array, expected: mx.array) -> None:
     np.testing.assert_array_equal(*places)
     pair = [np.where(p, 0, bits_of(x)) for p, x in zip(places, (found, expected), strict=True)]
     np.testing.assert_array_equal(*pair)
+
+
+# What a step of an optimizer is to do
+
+
+class Storage(NamedTuple):
+    """How weights and states are held: a dtype of weights, and options."""
+
+    name: str
+    dtype: mx.Dtype
+    options: dict[str, Any]
+
+
+STORAGES = [
+    Storage("int8", mx.float32, {"state_dtype": "int8"}),
+    Storage("int4", mx.float32, {"state_dtype": "int4"}),
+    Storage("24bit", mx.bfloat16, {"master_weights": "24bit"}),
+    Storage("32bit", mx.float16, {"master_weights": "32bit"}),
+    Storage("random", mx.bfloat16, {"stochastic_rounding": True}),
+    Storage(
+        "int8-24bit", mx.bfloat16, {"state_dtype": "int8", "master_weights": "24bit"}
+    ),
+    Storage(
+        "int4-24bit", mx.float16, {"state_dtype": "int4", "master_weights": "24bit"}
+    ),
+    Storage(
+        "int4-32bit", mx.bfloat16, {"state_dtype": "int4", "master_weights": "32bit"}
+    ),
+    Storage(
+        "int8-random", mx.float16, {"state_dtype": "int8", "stochastic_rounding": True}
+    ),
+]
+
+
+def storage_named(name: str) -> Storage:
+    return next(storage for storage in STORAGES if storage.name == name)
+
+
+def options_of(storage: Storage, **more: Any) -> dict[str, Any]:
+    """The storage's options, with codes for tensors of any size if it has codes."""
+    is_coded = "state_dtype" in storage.options
+    filters = {"quantize_filter": everything} if is_coded else {}
+    return {**storage.options, **filters, **more}
+
+
+def kind_in(state: dict[str, Any], key: str) -> str | None:
+    return next((kind for kind in KINDS if f"{key}_{kind}" in state), None)
+
+
+def plain_state(state: dict[str, mx.array], shape: Any, rule: str) -> dict[str, Any]:
+    """A parameter's state in float32, by NumPy's decoding; without its error."""
+    plain = {}
+    for key in kernels.states(rule):
+        kind = kind_in(state, key)
+        if kind is None:
+            plain[key] = state[key].astype(mx.float32)
+            continue
+        is_positive = key in kernels.non_negative(rule)
+        size = int(np.prod(shape))
+        q = whole_codes(np.array(state[f"{key}_{kind}"]), kind, is_positive, size)
+        scales = np.array(state[f"{key}_scales"])
+        values = decoded(q, scales, kind, is_positive).astype(np.float32)
+        plain[key] = mx.array(values.reshape(shape))
+    return plain
+
+
+def master_of(weight: mx.array, state: dict[str, mx.array]) -> mx.array:
+    """The float32 that a weight and its error stand for."""
+    if "error" not in state:
+        return weight.astype(mx.float32)
+    error = np.array(state["error"]).astype(np.int64)
+    unit = 256 if state["error"].dtype == mx.int8 else 1
+    if weight.dtype == mx.bfloat16:
+        bits = (bits_of(weight).astype(np.int64) << 16) + error * unit
+        return mx.array(as_float32(bits).reshape(weight.shape))
+    wide = np.array(weight).astype(np.float64)
+    least = np.maximum(np.abs(wide), 2.0**-14)
+    binade = np.exp2(np.floor(np.log2(least)) - (26 if unit == 1 else 18))
+    return mx.array((wide + error * binade).astype(np.float32))
+
+
+def spacing(x: Doubles, dtype: mx.Dtype) -> Doubles:
+    """The interval between the values of a dtype that x lies in."""
+    digits, least = {
+        mx.bfloat16: (7, -133),
+        mx.float16: (10, -24),
+        mx.float32: (23, -149),
+    }[dtype]
+    exponents = np.floor(np.log2(np.abs(x), where=x != 0, out=np.full(x.shape, -1e3)))
+    spaces: Doubles = np.exp2(np.maximum(exponents - digits, least))
+    return spaces

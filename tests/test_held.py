@@ -14,7 +14,6 @@ from held_reference import (
     KINDS,
     ROOT_ERRORS,
     Array,
-    Doubles,
     Floats,
     as_float32,
     assert_same_bits,
@@ -27,6 +26,7 @@ from held_reference import (
     everything,
     exact_roots,
     most_of,
+    spacing,
     weights_of_a_step,
     whole_codes,
 )
@@ -408,14 +408,6 @@ def rounded(
     """The same by plain operations."""
     numbers = (mx.array(seed, mx.uint32), mx.array(step, mx.uint64))
     return kernels.round_stochastically(mx.array(x), dtype, *numbers, tensor)
-
-
-def spacing(x: Doubles, dtype: mx.Dtype) -> Doubles:
-    """The interval between the values of a dtype that x lies in."""
-    digits, least = (7, -133) if dtype == mx.bfloat16 else (10, -24)
-    exponents = np.floor(np.log2(np.abs(x), where=x != 0, out=np.full(x.shape, -1e3)))
-    spaces: Doubles = np.exp2(np.maximum(exponents - digits, least))
-    return spaces
 
 
 # The last three of each are about its smallest normal value.
