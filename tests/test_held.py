@@ -253,8 +253,8 @@ LOWER = np.array(
 
 
 def float32_bits(chunk: int) -> Iterator[Array]:
-    """All float32 values if MLX_FUSED_TEST_ALL_FLOATS is set; all upper halves."""
-    if os.environ.get("MLX_FUSED_TEST_ALL_FLOATS"):
+    """All float32 values if MLX_FUSED_TEST_ALL is set; all upper halves."""
+    if os.environ.get("MLX_FUSED_TEST_ALL"):
         for start in range(0, 1 << 32, 1 << 25):
             yield np.arange(start, start + (1 << 25), dtype=np.uint64).astype(np.uint32)
         return

@@ -1,12 +1,9 @@
 """Steps of optimizers whose states are codes, or whose weights have masters."""
 
-import copy
-import pickle
-from pathlib import Path
+import os
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
@@ -17,7 +14,6 @@ from held_reference import (
     STORAGES,
     Storage,
     block_scales,
-    everything,
     exact_roots,
     kind_in,
     master_of,
@@ -33,7 +29,6 @@ from support import (
     copy_tree,
     fill,
     for_each,
-    leaves_of,
     oracle,
     random_array,
     snapshot,
@@ -147,7 +142,14 @@ def assert_weight_is(
 def test_a_step_is_that_of_float32(
     backend: str, name: str, options: dict[str, Any], storage: Storage
 ) -> None:
-    """Decoded, stepped by mlx.optimizers, encoded; from where the last step ended."""
+    """Decoded, stepped by mlx.optimizers, encoded; from where the last step ended.
+
+    The simulator compiles a kernel for each, so it gets each rule with one storage, and
+    one rule with all; with MLX_FUSED_TEST_ALL, all.
+    """
+    is_usual = name == "AdamW" or storage.name == "int8-24bit"
+    if backend == SIMULATOR and not (is_usual or os.environ.get("MLX_FUSED_TEST_ALL")):
+        pytest.skip("set MLX_FUSED_TEST_ALL for each rule with each storage")
     rng = np.random.default_rng(0)
     weights = random_tree(rng, storage.dtype)
     optimizer = getattr(optim, name)(0.01, **options_of(storage, **options))
@@ -248,7 +250,7 @@ def test_weights_and_states_in_any_layout(backend: str, storage: Storage) -> Non
     gradients = {"w": random_array(rng, (30, 70), storage.dtype)}
     results = []
     for is_strange in (False, True):
-        optimizer = optim.Adam(1e-2, **options_of(storage))
+        optimizer = optim.AdamW(1e-2, **options_of(storage))
         weights = optimizer.apply_gradients(gradients, copy_tree(start))
         if is_strange:
             weights = tree_map(turned, weights)
