@@ -63,13 +63,6 @@ mx::array to_pairs(const mx::array& a) {
   return mx::concatenate({mx::real(numbers), mx::imag(numbers)}, -1);
 }
 
-// A value that was rounded, with the gradient that it has without.
-mx::array with_gradient_of(const mx::array& rounded, const mx::array& value) {
-  const auto zero = mx::where(mx::isfinite(value),
-                              value - mx::stop_gradient(value), mx::array(0.0f));
-  return mx::astype(mx::astype(rounded, mx::float32) + zero, rounded.dtype());
-}
-
 mx::array from_pairs(const mx::array& a) {
   return mx::squeeze(mx::view(a, mx::complex64), -1);
 }
@@ -163,12 +156,11 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
           put(scales);
         } else if (format.is_split()) {
           const auto [weight, error] = split(format, result);
-          put(with_gradient_of(weight, result));
+          put(weight);
           put(error);
         } else if (format.storage == Storage::stochastic) {
-          const auto rounded = round_stochastically(
-              result, format.dtype, scalar(seed), scalar(step), entry.tensor);
-          put(with_gradient_of(rounded, result));
+          put(round_stochastically(result, format.dtype, scalar(seed),
+                                   scalar(step), entry.tensor));
         } else {
           const auto target = keeps      ? dtypes[k]
                               : is_usual ? promoted(rule, dtypes, k)

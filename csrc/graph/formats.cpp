@@ -35,6 +35,15 @@ mx::array fixed(const mx::array& values) {
   return mx::stop_gradient(mx::astype(values, mx::float32));
 }
 
+// What was made of a value's bits, with the value's gradient, as if it were the
+// value. A difference of nothing is taken away, for -0 + 0 would be 0.
+mx::array with_gradient_of(const mx::array& result, const mx::array& value) {
+  const auto wide = mx::astype(value, mx::float32);
+  const auto nothing = mx::where(
+      mx::isfinite(wide), mx::stop_gradient(wide) - wide, mx::array(0.0f));
+  return mx::astype(mx::astype(result, mx::float32) - nothing, result.dtype());
+}
+
 double most_of(const Format& format) {
   const int bits = format.storage == Storage::codes8 ? 8 : 4;
   return (1 << (format.is_never_negative ? bits : bits - 1)) - 1;
@@ -104,15 +113,19 @@ std::pair<mx::array, mx::array> encode(const Format& format,
 }
 
 mx::array join(const mx::array& weight, const mx::array& error) {
-  const Node wide = mx::astype(weight, mx::float32);
+  const Node wide = fixed(weight);
   const Bits rest = mx::view(mx::astype(error, mx::int32), mx::uint32);
   if (weight.dtype() == mx::float16) {
-    return joined_float16<Node, Bits>(wide, rest, exponents_of(error.dtype()))
-        .array();
+    return with_gradient_of(
+        joined_float16<Node, Bits>(wide, rest, exponents_of(error.dtype()))
+            .array(),
+        weight);
   }
-  return joined_bfloat16<Node, Bits>(
-             wide, error.dtype() == mx::int8 ? rest * 256u : rest)
-      .array();
+  return with_gradient_of(
+      joined_bfloat16<Node, Bits>(
+          wide, error.dtype() == mx::int8 ? rest * 256u : rest)
+          .array(),
+      weight);
 }
 
 std::pair<mx::array, mx::array> split(const Format& format,
@@ -130,7 +143,7 @@ std::pair<mx::array, mx::array> split(const Format& format,
       rest = shortened<Node, Bits>(rest, weight);
     }
   }
-  return {mx::astype(weight.array(), format.dtype),
+  return {with_gradient_of(mx::astype(weight.array(), format.dtype), values),
           mx::astype(mx::view(rest.array(), mx::int32), error)};
 }
 
@@ -149,7 +162,7 @@ mx::array round_stochastically(const mx::array& values, mx::Dtype dtype,
   const auto rounded = dtype == mx::float16
                            ? stochastic_float16<Node, Bits>(x, random)
                            : stochastic_bfloat16<Node, Bits>(x, random);
-  return mx::astype(rounded.array(), dtype);
+  return with_gradient_of(mx::astype(rounded.array(), dtype), values);
 }
 
 }  // namespace mlx_fused

@@ -678,10 +678,16 @@ class FusedOptimizer(Optimizer):
             kind = kind if decides(path, parameter) else None
         if self.takes_codes:
             rule = self._rule()
+            was_held = is_error(state.get("error"))
             others = [k for k in kernels.states(rule) if kind_of(state, k) != kind]
             for key in others:
+                was_held |= kind_of(state, key) is not None
                 release(state, key, parameter.shape, rule)
             hold(state, others, rule, kind)
+            if was_held and self._plain_dtype() is None:
+                # A float32 state beside a weight of half precision would widen it.
+                for key in kernels.states(rule):
+                    state[key] = state[key].astype(parameter.dtype)
         hold_error(state, parameter, self.master_weights)
 
     def _cast(self, value: Any) -> Any:
