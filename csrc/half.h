@@ -18,9 +18,10 @@ inline float from_float16(uint16_t half) {
   const uint32_t magnitude = half & 0x7fffu;
   // Exponent and mantissa moved into place, then the exponent's bias mended by
   // a multiplication, which also makes subnormal numbers normal.
-  const float finite = as_type<float>(magnitude << 13) * as_type<float>(0x77800000u);
-  const uint32_t bits =
-      magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13) : as_type<uint32_t>(finite);
+  const float finite =
+      as_type<float>(magnitude << 13) * as_type<float>(0x77800000u);
+  const uint32_t bits = magnitude >= 0x7c00u ? 0x7f800000u | (magnitude << 13)
+                                             : as_type<uint32_t>(finite);
   return as_type<float>(bits | (static_cast<uint32_t>(half & 0x8000u) << 16));
 }
 

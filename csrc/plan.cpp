@@ -99,8 +99,7 @@ struct Signature {
                   ? a.shape() == rule.shape(k, shape)
                   : a.shape() == shape ||
                         (may_broadcast && broadcasts_to(a.shape(), shape)));
-      bits = bits << slot_bits |
-             static_cast<uint64_t>(held.storage) << 2 |
+      bits = bits << slot_bits | static_cast<uint64_t>(held.storage) << 2 |
              (a.dtype() == mx::float16    ? 1
               : a.dtype() == mx::bfloat16 ? 2
                                           : 0);
@@ -192,7 +191,8 @@ Plan make_plan(const PlanKey& key, mx::Stream stream) {
     auto& [group, elements] = *found;
     group.indices.push_back(i);
     elements += Signature::size(bits);
-    if (elements >= full || group.indices.size() == max_group_size(rule, group.formats)) {
+    if (elements >= full ||
+        group.indices.size() == max_group_size(rule, group.formats)) {
       plan.groups.push_back(std::move(group));
       open.erase(found);
     }
@@ -341,8 +341,7 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
     }
     for (int kind = 0; kind < scalar_count; ++kind) {
       if (layout.has[kind]) {
-        inputs.push_back(
-            *(group.is_fused ? values[kind] : plain_values[kind]));
+        inputs.push_back(*(group.is_fused ? values[kind] : plain_values[kind]));
       }
     }
     auto outputs =

@@ -18,7 +18,8 @@ struct Tensors {
   // Scales and errors; of tensors that have none anything, and of a slot that
   // never has any nothing.
   std::vector<Arrays> companions;
-  // How slot k of tensor i is held, at i * slots.size() + k; all plain if empty.
+  // How slot k of tensor i is held, at i * slots.size() + k; all plain if
+  // empty.
   std::vector<Storage> storage = {};
 };
 

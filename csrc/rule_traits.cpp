@@ -51,9 +51,8 @@ RuleTraits traits_of() {
       non_negative = split(Rule::non_negative_names);
     }
     for (const auto& name : traits.states) {
-      const bool is_found =
-          std::find(non_negative.begin(), non_negative.end(), name) !=
-          non_negative.end();
+      const bool is_found = std::find(non_negative.begin(), non_negative.end(),
+                                      name) != non_negative.end();
       traits.slots.push_back({Role::state, true, is_found});
     }
   }

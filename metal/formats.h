@@ -41,10 +41,10 @@ METAL_FUNC T to_float(uint32_t x) {
 
 // Codes. A state's are whole numbers up to `most`. The elements of a block,
 // which are consecutive in the flattened tensor, share a scale: the largest of
-// their magnitudes. A signed state's value is scale * sign(q) * (q / most)^2, of
-// one that is never negative scale * (q / most)^4. It is roots that are rounded,
-// so small values keep digits; and what is not 0 does not become 0 in a state
-// that divides. What is not finite makes its block so.
+// their magnitudes. A signed state's value is scale * sign(q) * (q / most)^2,
+// of one that is never negative scale * (q / most)^4. It is roots that are
+// rounded, so small values keep digits; and what is not 0 does not become 0 in
+// a state that divides. What is not finite makes its block so.
 
 // 1 / sqrt(x) to 2e-5 and x^(-1/4) to 5e-5: a first guess by the exponent's
 // bits, mended by a polynomial of what is left, with the smallest error. Codes
@@ -99,14 +99,14 @@ METAL_FUNC T decoded_positive(T code, T scale, T most) {
   return scale * (root * root * (root * root));
 }
 
-// Masters. A float32 is a weight of half precision, which is its nearest, and an
-// error: the signed rest in units of 2^-16 or 2^-8 of the interval between
+// Masters. A float32 is a weight of half precision, which is its nearest, and
+// an error: the signed rest in units of 2^-16 or 2^-8 of the interval between
 // weights.
 //
 // With bfloat16 the bits of the weight and the rest add up to those of the
-// float32: 16 bits of rest are exact. The middle between two weights rounds away
-// from zero, for with half of them the other way there would be more values of
-// one weight than a rest has. A NaN keeps its upper half alone.
+// float32: 16 bits of rest are exact. The middle between two weights rounds
+// away from zero, for with half of them the other way there would be more
+// values of one weight than a rest has. A NaN keeps its upper half alone.
 template <typename T, typename U>
 METAL_FUNC void split_bfloat16(T x, thread T& weight, thread U& rest) {
   const U bits = as_bits(x);
@@ -134,14 +134,14 @@ METAL_FUNC T joined_bfloat16(T weight, U rest) {
 // in a fixed interval below. Beyond float16's range the master is infinite too.
 template <typename T, typename U>
 METAL_FUNC T unit_of_float16(T weight, U exponents) {
-  const U binade = clamped(as_bits(weight) & 0x7f800000u, U(0x38800000u),
-                           U(0x47000000u));
+  const U binade =
+      clamped(as_bits(weight) & 0x7f800000u, U(0x38800000u), U(0x47000000u));
   return as_float(binade - (exponents << 23u));
 }
 
 template <typename T, typename U>
-METAL_FUNC void split_float16(T x, U exponents, T most, thread T& weight,
-                              thread U& error) {
+METAL_FUNC void
+split_float16(T x, U exponents, T most, thread T& weight, thread U& error) {
   weight = half_of(x);
   const T rest = (x - weight) / unit_of_float16(weight, exponents);
   error = to_integer<U>(smaller(larger(nearest(rest), -most), most));
@@ -152,8 +152,8 @@ METAL_FUNC T joined_float16(T weight, U error, U exponents) {
   return weight + to_float<T>(error) * unit_of_float16(weight, exponents);
 }
 
-// Stochastic rounding: up or down with the probabilities that keep the mean. The
-// random bits are a hash of the seed, the step, the tensor's number and the
+// Stochastic rounding: up or down with the probabilities that keep the mean.
+// The random bits are a hash of the seed, the step, the tensor's number and the
 // element's, so they do not depend on who computes them.
 
 // The finisher of MurmurHash3.
@@ -179,7 +179,8 @@ METAL_FUNC U random_bits(U key, U high, U low) {
 template <typename T, typename U>
 METAL_FUNC T stochastic_bfloat16(T x, U random) {
   const U bits = as_bits(x);
-  return choose(is_finite(x), as_float((bits + (random >> 16u)) & 0xffff0000u), x);
+  return choose(
+      is_finite(x), as_float((bits + (random >> 16u)) & 0xffff0000u), x);
 }
 
 // The same of float16, whose values near zero lie in a fixed interval.
@@ -188,8 +189,9 @@ METAL_FUNC T stochastic_float16(T x, U random) {
   const T usual = as_float((as_bits(x) + (random >> 19u)) & 0xffffe000u);
   const T size = magnitude(x) * 16777216.0f;
   const T low = round_down(size);
-  const T is_up = sign_of(larger(
-      size - low - to_float<T>(random >> 8u) * 5.9604645e-8f, T(0.0f)));
+  const T is_up = sign_of(
+      larger(size - low - to_float<T>(random >> 8u) * 5.9604645e-8f, T(0.0f)));
   const T small = sign_of(x) * ((low + is_up) * 5.9604645e-8f);
-  return choose(is_finite(x), choose(is_positive(1024.0f - size), small, usual), x);
+  return choose(
+      is_finite(x), choose(is_positive(1024.0f - size), small, usual), x);
 }

@@ -40,8 +40,8 @@ struct Raw {
   int errors[vector_size];
 };
 
-// Four elements of a tensor, by their gradients g. Index is that of the first in
-// the tile.
+// Four elements of a tensor, by their gradients g. Index is that of the first
+// in the tile.
 template <typename Rule, typename Slots>
 METAL_FUNC void update_vector(
     const thread Slots& slots,
@@ -102,8 +102,7 @@ METAL_FUNC void update_tile(
         tensor.vectorized != 0);
     float g[vector_size];
     load_gradient(slots.gradient, tensor, walks, at, g);
-    const int index =
-        (vector * tile_threads + int(thread_index)) * vector_size;
+    const int index = (vector * tile_threads + int(thread_index)) * vector_size;
     update_vector(slots, at, index, rule, gradient_scale, skip, g);
   }
   if constexpr (Slots::coded > 0) {
@@ -144,8 +143,7 @@ METAL_FUNC void update_block(
     float g[vector_size];
     const Elements elements = load_staged<rows, columns>(
         stage, at, may_vectorize, vector, thread_index, g);
-    const int index =
-        (vector * tile_threads + int(thread_index)) * vector_size;
+    const int index = (vector * tile_threads + int(thread_index)) * vector_size;
     update_vector(slots, elements, index, rule, gradient_scale, skip, g);
   }
   if constexpr (Slots::coded > 0) {

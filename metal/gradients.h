@@ -60,8 +60,8 @@ METAL_FUNC void load_gradient(
 }
 
 // A transposed gradient is read along its columns, which are contiguous, in
-// blocks of rows x columns elements, and handed over in threadgroup memory: each
-// line of the cache is read once. One column more keeps the threads of a
+// blocks of rows x columns elements, and handed over in threadgroup memory:
+// each line of the cache is read once. One column more keeps the threads of a
 // simdgroup on different banks.
 template <int rows, int columns>
 struct BlockShape {
@@ -128,9 +128,7 @@ METAL_FUNC void stage_block(
     if (may_vectorize && row + vector_size <= at.rows) {
       const vec<T, 4> values =
           *reinterpret_cast<const device vec<T, 4>*>(gradient + start);
-      FOR_EACH_OF_VECTOR {
-        stage[(row + i) * pitch + column] = values[i];
-      }
+      FOR_EACH_OF_VECTOR { stage[(row + i) * pitch + column] = values[i]; }
     } else {
       FOR_EACH_OF_VECTOR {
         if (row + i < at.rows) {
@@ -164,7 +162,8 @@ METAL_FUNC Elements load_staged(
     const int c = column + i * columns_apart;
     out[i] = 0;
     if (r < at.rows && c < at.columns) {
-      out[i] = static_cast<float>(stage[r * BlockShape<rows, columns>::pitch + c]);
+      out[i] =
+          static_cast<float>(stage[r * BlockShape<rows, columns>::pitch + c]);
       count = i + 1;
     }
   }

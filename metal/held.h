@@ -1,8 +1,8 @@
-// Codes and errors between device memory and registers; the formulas are those of
-// formats.h.
+// Codes and errors between device memory and registers; the formulas are those
+// of formats.h.
 
-// Four codes, of 8 bits in a word and of 4 bits in half of one, the first lowest.
-// `at` is of neighbours, the first of which is a multiple of four.
+// Four codes, of 8 bits in a word and of 4 bits in half of one, the first
+// lowest. `at` is of neighbours, the first of which is a multiple of four.
 template <int bits>
 struct Word {
   using type = uint;
@@ -32,8 +32,10 @@ load_codes(const device uint8_t* in, const thread Elements& at, thread int* q) {
 }
 
 template <int bits>
-METAL_FUNC void
-store_codes(const thread int* q, const thread Elements& at, device uint8_t* out) {
+METAL_FUNC void store_codes(
+    const thread int* q,
+    const thread Elements& at,
+    device uint8_t* out) {
   device uint8_t* to = out + at.start * bits / 8;
   uint word = 0;
   FOR_EACH_OF_VECTOR {
@@ -84,9 +86,9 @@ encode_vector(const thread float* values, int count, thread int* q) {
   const float stretch = is_positive ? stretch_positive<float, uint>(scale, most)
                                     : stretch_signed<float, uint>(scale, most);
   FOR_EACH_OF_VECTOR {
-    q[i] = int(
-        is_positive ? encoded_positive<float, uint>(values[i], stretch)
-                    : encoded_signed<float, uint>(values[i], stretch));
+    q[i] =
+        int(is_positive ? encoded_positive<float, uint>(values[i], stretch)
+                        : encoded_signed<float, uint>(values[i], stretch));
   }
   return scale;
 }
@@ -107,8 +109,10 @@ load_errors(const device E* in, const thread Elements& at, thread int* errors) {
 }
 
 template <typename E>
-METAL_FUNC void
-store_errors(const thread int* errors, const thread Elements& at, device E* out) {
+METAL_FUNC void store_errors(
+    const thread int* errors,
+    const thread Elements& at,
+    device E* out) {
   if (at.vectorized) {
     vec<E, 4> values;
     FOR_EACH_OF_VECTOR { values[i] = E(errors[i]); }

@@ -1,5 +1,5 @@
-// The words of update_rules.h and formats.h in the Metal Shading Language; csrc/rules.h has
-// them for C++.
+// The words of update_rules.h and formats.h in the Metal Shading Language;
+// csrc/rules.h has them for C++.
 
 #define RULE(name)      \
   template <typename T> \

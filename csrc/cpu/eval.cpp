@@ -180,7 +180,8 @@ double sum_of_squares(const View& view, size_t start, size_t n, float scale) {
   return std::accumulate(std::begin(lanes), std::end(lanes), 0.0);
 }
 
-// Whether each run of rows that is turned at a time begins with a block of codes.
+// Whether each run of rows that is turned at a time begins with a block of
+// codes.
 bool turns_whole_blocks(const View& view) {
   constexpr int64_t block = 64;
   const auto* t = view.transposed;
@@ -344,8 +345,7 @@ struct UpdateTask {
   void keep(const Tensor& tensor, size_t start, size_t n) const {
     for (size_t k = 0; k < layout->parts.size(); ++k) {
       const auto& part = layout->parts[k];
-      if (part.is_written &&
-          tensor.sources[k].data != tensor.targets[k].data) {
+      if (part.is_written && tensor.sources[k].data != tensor.targets[k].data) {
         const size_t each = elements_per_item(part);
         const size_t first = start / each;
         gather(tensor.sources[k], first, divided_up(n, each),
@@ -357,10 +357,10 @@ struct UpdateTask {
   // Of scales and of pairs of codes.
   size_t elements_per_item(const Part& part) const {
     const auto& format = layout->format(part);
-    return !format.has_codes()                   ? 1
-           : part.is_companion                   ? format.block()
+    return !format.has_codes()                 ? 1
+           : part.is_companion                 ? format.block()
            : format.storage == Storage::codes4 ? 2
-                                                 : 1;
+                                               : 1;
   }
 
   template <typename T>
@@ -402,8 +402,9 @@ struct UpdateTask {
       if (format.has_companion()) {
         alignas(64) char gathered[2][cpu::block_size * sizeof(float)];
         const auto from = pair_of(k, source, start, n, gathered);
-        (format.has_codes() ? cpu::loops().load_codes : cpu::loops().load_split)(
-            kind_of(format), from, buffers[k], n);
+        (format.has_codes()
+             ? cpu::loops().load_codes
+             : cpu::loops().load_split)(kind_of(format), from, buffers[k], n);
       } else if (turned && k + 1 == slots()) {
         const View here{const_cast<char*>(turned), nullptr, nullptr,
                         source->dtype, source->itemsize};
@@ -427,9 +428,9 @@ struct UpdateTask {
       }
       if (format.has_companion()) {
         const auto to = pair_of(k, target, start, n, nullptr);
-        (format.has_codes() ? cpu::loops().store_codes
-                            : cpu::loops().store_split)(
-            kind_of(format), block.out[k], to, n);
+        (format.has_codes()
+             ? cpu::loops().store_codes
+             : cpu::loops().store_split)(kind_of(format), block.out[k], to, n);
         continue;
       }
       if (format.storage == Storage::stochastic) {
@@ -446,8 +447,10 @@ struct UpdateTask {
   static cpu::CodesOrError kind_of(const Format& format) {
     const bool is_short = format.storage == Storage::codes4;
     const bool is_long = format.storage == Storage::split32;
-    return {is_short ? 4 : is_long ? 16 : 8, format.is_never_negative,
-            format.dtype == mx::float16};
+    return {is_short  ? 4
+            : is_long ? 16
+                      : 8,
+            format.is_never_negative, format.dtype == mx::float16};
   }
 
   // Where n elements of a slot and their companions are, or copies of them.
@@ -537,7 +540,8 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
                               : kept.held(input, any_order);
       ++output;
     }
-    if (has_codes && !turns_whole_blocks(tensor.sources[layout.parts.size() - 1])) {
+    if (has_codes &&
+        !turns_whole_blocks(tensor.sources[layout.parts.size() - 1])) {
       tensor.sources[layout.parts.size() - 1].transposed = nullptr;
     }
     tensor.entry = update_.entries[i];

@@ -135,6 +135,40 @@ struct BFloat16 : Half<BFloat16> {
 #endif
 };
 
+// Without care for NaNs whose lower bits are set: rounding could carry them
+// into the sign. Where all that is computed with came from bfloat16, none has
+// any.
+struct BFloat16Alone : Half<BFloat16Alone> {
+  static float widen(uint16_t half) { return from_bfloat16(half); }
+  static uint16_t round(float value) {
+    const uint32_t bits = as_bits(value);
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  }
+#if defined(__AVX2__)
+  static Floats widen(Halves half) { return BFloat16::widen(half); }
+#endif
+#if defined(__AVX512F__)
+  static Halves round(Floats value) {
+    const auto bits = _mm512_castps_si512(value);
+    const auto odd =
+        _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const auto half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16));
+  }
+#elif defined(__AVX2__)
+  static Halves round(Floats value) {
+    const auto bits = _mm256_castps_si256(value);
+    const auto odd =
+        _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const auto half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
+    const auto rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded),
+                            _mm256_extracti128_si256(rounded, 1));
+  }
+#endif
+};
+
 struct Float16 : Half<Float16> {
   static float widen(uint16_t half) { return from_float16(half); }
   static uint16_t round(float value) { return to_float16(value); }
@@ -344,22 +378,22 @@ void load_codes(CodesOrError kind, Pair from, float* out, size_t n) {
   } else {
     copy_converted(reinterpret_cast<const int8_t*>(bytes), codes, n);
   }
-  const auto load = kind.is_never_negative
-                        ? kind.bits == 4 ? load_whole_codes<true, 32>
-                                         : load_whole_codes<true, 64>
-                    : kind.bits == 4 ? load_whole_codes<false, 32>
-                                     : load_whole_codes<false, 64>;
+  const auto load = kind.is_never_negative ? kind.bits == 4
+                                                 ? load_whole_codes<true, 32>
+                                                 : load_whole_codes<true, 64>
+                    : kind.bits == 4       ? load_whole_codes<false, 32>
+                                           : load_whole_codes<false, 64>;
   load(codes, reinterpret_cast<const float*>(from.companions), most_of(kind),
        out, n);
 }
 
 void store_codes(CodesOrError kind, const float* in, Pair to, size_t n) {
   alignas(64) float codes[block_size];
-  const auto store = kind.is_never_negative
-                         ? kind.bits == 4 ? store_whole_codes<true, 32>
-                                          : store_whole_codes<true, 64>
-                     : kind.bits == 4 ? store_whole_codes<false, 32>
-                                      : store_whole_codes<false, 64>;
+  const auto store = kind.is_never_negative ? kind.bits == 4
+                                                  ? store_whole_codes<true, 32>
+                                                  : store_whole_codes<true, 64>
+                     : kind.bits == 4       ? store_whole_codes<false, 32>
+                                            : store_whole_codes<false, 64>;
   store(in, most_of(kind), reinterpret_cast<float*>(to.companions), codes, n);
   auto* bytes = reinterpret_cast<uint8_t*>(to.values);
   if (kind.bits == 4) {
@@ -566,7 +600,7 @@ extern const Loops MLX_FUSED_LOOPS;
 const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
                                update<Float32>,
                                update<Float16>,
-                               update<BFloat16>,
+                               update<BFloat16Alone>,
                                add_squares,
                                sum_squares,
                                sum_direction,

@@ -82,8 +82,8 @@ struct Loops {
   void (*turn)(size_t itemsize, const char* in, const char* next,
                int64_t column_stride, size_t rows, size_t columns, char* out);
 
-  // At most block_size elements in a format of graph/layout.h, from the start of
-  // a block of codes on.
+  // At most block_size elements in a format of graph/layout.h, from the start
+  // of a block of codes on.
   void (*load_codes)(CodesOrError kind, Pair from, float* out, size_t n);
   void (*store_codes)(CodesOrError kind, const float* in, Pair to, size_t n);
   void (*load_split)(CodesOrError kind, Pair from, float* out, size_t n);

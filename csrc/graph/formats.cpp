@@ -61,10 +61,9 @@ mx::array decode(const Format& format, const mx::array& codes,
   if (format.storage == Storage::codes4) {
     const auto bytes = mx::expand_dims(codes, -1);
     const auto fifteen = mx::array(15, mx::uint8);
-    whole = mx::concatenate(
-        {mx::bitwise_and(bytes, fifteen),
-         mx::right_shift(bytes, mx::array(4, mx::uint8))},
-        -1);
+    whole = mx::concatenate({mx::bitwise_and(bytes, fifteen),
+                             mx::right_shift(bytes, mx::array(4, mx::uint8))},
+                            -1);
     if (!format.is_never_negative) {  // the sign of 4 bits
       const auto eight = mx::array(8, mx::uint8);
       whole = mx::astype(mx::bitwise_xor(whole, eight), mx::int8) -
@@ -86,29 +85,27 @@ std::pair<mx::array, mx::array> encode(const Format& format,
   const auto x = in_blocks(fixed(values), format.block());
   // As the largest of the bits: that of a NaN is the largest.
   const auto bits = mx::view(mx::abs(x), mx::uint32);
-  const auto scales = mx::view(
-      x.shape(0) == 0 ? mx::zeros({0}, mx::uint32) : mx::max(bits, -1),
-      mx::float32);
+  const auto scales =
+      mx::view(x.shape(0) == 0 ? mx::zeros({0}, mx::uint32) : mx::max(bits, -1),
+               mx::float32);
   const Node scale = mx::expand_dims(scales, -1);
   const Node most = most_of(format);
-  const auto codes =
-      format.is_never_negative
-          ? encoded_positive<Node, Bits>(
-                x, stretch_positive<Node, Bits>(scale, most))
-          : encoded_signed<Node, Bits>(
-                x, stretch_signed<Node, Bits>(scale, most));
+  const auto codes = format.is_never_negative
+                         ? encoded_positive<Node, Bits>(
+                               x, stretch_positive<Node, Bits>(scale, most))
+                         : encoded_signed<Node, Bits>(
+                               x, stretch_signed<Node, Bits>(scale, most));
   auto whole = first_elements(codes.array(), values.shape());
   if (format.storage == Storage::codes8) {
-    return {mx::astype(whole,
-                       format.is_never_negative ? mx::uint8 : mx::int8),
+    return {mx::astype(whole, format.is_never_negative ? mx::uint8 : mx::int8),
             scales};
   }
   whole = in_blocks(mx::astype(mx::astype(whole, mx::int8), mx::uint8), 2);
   const auto halves = mx::split(whole, 2, -1);
   const auto fifteen = mx::array(15, mx::uint8);
-  const auto bytes = mx::bitwise_or(
-      mx::bitwise_and(halves[0], fifteen),
-      mx::left_shift(halves[1], mx::array(4, mx::uint8)));
+  const auto bytes =
+      mx::bitwise_or(mx::bitwise_and(halves[0], fifteen),
+                     mx::left_shift(halves[1], mx::array(4, mx::uint8)));
   return {flat(bytes), scales};
 }
 

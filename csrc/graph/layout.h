@@ -86,7 +86,7 @@ inline const ScalarKind scalar_kinds[scalar_count] = {
     {"learning_rate", mx::float32, "float"},
     {"step", mx::uint64, "uint64_t"},
     {"gradient_scale", mx::float32, "float"},
-    {"skip", mx::bool_, "bool"},  // nothing changes
+    {"skip", mx::bool_, "bool"},       // nothing changes
     {"seed", mx::uint32, "uint32_t"},  // of stochastic rounding
 };
 

@@ -10,8 +10,8 @@ namespace mlx_fused {
 
 namespace {
 
-// The name of an array in the type Slots: what is read, and behind "new_" what is
-// written.
+// The name of an array in the type Slots: what is read, and behind "new_" what
+// is written.
 std::string name_of(const RuleTraits& rule, const Part& part) {
   const bool has_parameter = rule.slots[0].role == Role::parameter;
   const auto number = std::to_string(part.slot - has_parameter);
@@ -26,9 +26,9 @@ std::string name_of(const RuleTraits& rule, const Part& part) {
 }
 
 std::string type_of(const Format& format, const Part& part) {
-  return part.is_companion ? format.has_codes()                   ? "float"
-                             : format.storage == Storage::split24 ? "int8_t"
-                                                                  : "int16_t"
+  return part.is_companion    ? format.has_codes()                   ? "float"
+                                : format.storage == Storage::split24 ? "int8_t"
+                                                                     : "int16_t"
          : format.has_codes() ? "uint8_t"
                               : metal_type(format.dtype);
 }
@@ -157,9 +157,9 @@ std::string UpdateKernel::source() const {
       load_scales += filled(
           "    scales[$4 * pitch + j] = from < 0 ? 0.0f : scales$3[from];\n",
           words);
-      store_scales += filled(
-          "      new_scales$3[to] = scales[(coded + $4) * pitch + j];\n",
-          words);
+      store_scales +=
+          filled("      new_scales$3[to] = scales[(coded + $4) * pitch + j];\n",
+                 words);
       continue;
     }
     const std::vector<std::string> words = {
@@ -234,15 +234,14 @@ std::string UpdateKernel::source() const {
                         buffer_of_scalar(kind));
     }
     return std::string(name) + "[" +
-           (kind == seed
-                ? "0"
-                : "tensors[i].scalars[" + std::to_string(kind) + "]") +
+           (kind == seed ? "0"
+                         : "tensors[i].scalars[" + std::to_string(kind) + "]") +
            "]";
   };
-  const auto prepare =
-      "  rule.prepare(" +
-      (rule.reads_learning_rate ? value(learning_rate) : "0") + ", float(" +
-      (rule.reads_step ? value(step) : "0") + "));\n";
+  const auto prepare = "  rule.prepare(" +
+                       (rule.reads_learning_rate ? value(learning_rate) : "0") +
+                       ", float(" + (rule.reads_step ? value(step) : "0") +
+                       "));\n";
   const auto key = layout.has[seed]
                        ? "  slots.key = random_key<uint>(" + value(seed) +
                              ", uint(" + value(step) +
@@ -258,22 +257,22 @@ std::string UpdateKernel::source() const {
   const std::string arrays = " Raw<" + states + ">& raw, thread float* p, " +
                              "thread float (*s)[vector_size]) const thread {\n";
   // A tile's scales, and as many new ones.
-  const auto pitch = std::max<int64_t>(tile_size, rows * columns) / scales_block;
+  const auto pitch =
+      std::max<int64_t>(tile_size, rows * columns) / scales_block;
   return fused_update_source + "\nstruct Slots {\n" + fields +
          "  static constexpr constant int coded = " + std::to_string(coded) +
          ";\n  static constexpr constant int block_size = " +
          std::to_string(scales_block) +
-         ";\n  static constexpr constant int pitch = " +
-         std::to_string(pitch) + ";\n  threadgroup float* scales;\n  uint key;\n" +
-         "\n  void load(" + elements + "thread" + arrays + loads +
-         "  }\n\n  void store(" + elements + "bool skip, thread" + arrays +
-         stores +
+         ";\n  static constexpr constant int pitch = " + std::to_string(pitch) +
+         ";\n  threadgroup float* scales;\n  uint key;\n" + "\n  void load(" +
+         elements + "thread" + arrays + loads + "  }\n\n  void store(" +
+         elements + "bool skip, thread" + arrays + stores +
          "  }\n\n  void load_scales(int j, int64_t from) const thread {\n" +
          load_scales +
          "  }\n\n  void store_scales(int j, int64_t to) const thread {\n"
          "    if (to >= 0) {\n" +
-         store_scales + "    }\n  }\n};\n\n[[kernel]] void " + name() +
-         "(\n" + buffers +
+         store_scales + "    }\n  }\n};\n\n[[kernel]] void " + name() + "(\n" +
+         buffers +
          "    uint tile [[threadgroup_position_in_grid]],\n"
          "    uint thread_index [[thread_position_in_threadgroup]]) {\n"
          "  const uint i = tensor_of_tile(tile, tensors);\n"
@@ -284,15 +283,14 @@ std::string UpdateKernel::source() const {
          (coded > 0 ? "  threadgroup float scales[2 * Slots::coded * "
                       "Slots::pitch];\n  slots.scales = scales;\n"
                     : "") +
-         (stages_gradient ? "  threadgroup " +
-                                metal_type(layout.formats.back().dtype) +
-                                " stage[BlockShape<" + shape +
-                                ">::staged];\n"
-                                "  if (tensors[i].is_transposed != 0) {\n"
-                                "    update_block<" +
-                                shape + ">" + common +
-                                ", stage);\n    return;\n  }\n"
-                          : "") +
+         (stages_gradient
+              ? "  threadgroup " + metal_type(layout.formats.back().dtype) +
+                    " stage[BlockShape<" + shape +
+                    ">::staged];\n"
+                    "  if (tensors[i].is_transposed != 0) {\n"
+                    "    update_block<" +
+                    shape + ">" + common + ", stage);\n    return;\n  }\n"
+              : "") +
          "  update_tile" + common + ");\n}\n";
 }
 

@@ -237,7 +237,8 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
                 {rule,
                  sets_of(rule, hyperparameters),
                  sets.value_or(std::vector<uint32_t>()),
-                 {{learning_rate, step, gradient_scale, skip, seed}, per_tensor},
+                 {{learning_rate, step, gradient_scale, skip, seed},
+                  per_tensor},
                  false,
                  after},
                 state_dtype, indices);
@@ -247,8 +248,9 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
           "rule"_a, "hyperparameters"_a, nb::kw_only(), "sets"_a = nb::none(),
           "learning_rate"_a = nb::none(), "step"_a = nb::none(),
           "gradient_scale"_a = nb::none(), "skip"_a = nb::none(),
-          "seed"_a = nb::none(), "per_tensor"_a = false, "state_dtype"_a = nb::none(),
-          "indices"_a = nb::none(), "after"_a = mlx_fused::Arrays{},
+          "seed"_a = nb::none(), "per_tensor"_a = false,
+          "state_dtype"_a = nb::none(), "indices"_a = nb::none(),
+          "after"_a = mlx_fused::Arrays{},
           "Updates leaves by a rule; False if something is no array.")
       .def("set_gradient", &Leaves::set_gradient, "index"_a, "value"_a)
       .def("set_parameter", &Leaves::set_parameter, "index"_a, "value"_a)

@@ -20,6 +20,11 @@ ERRORS = {"24bit": mx.int8, "32bit": mx.int16}
 HALF_DTYPES = (mx.float16, mx.bfloat16)
 
 
+def master_of(error: mx.array) -> str:
+    """The kind of master that a weight's error is of."""
+    return next(kind for kind, dtype in ERRORS.items() if dtype == error.dtype)
+
+
 def is_half(value: Any) -> bool:
     """Whether a value is an array of half precision."""
     return isinstance(value, mx.array) and value.dtype in HALF_DTYPES

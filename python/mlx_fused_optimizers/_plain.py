@@ -80,9 +80,7 @@ def decode(
     return values.reshape(-1)[:size].reshape(shape)
 
 
-def split(
-    values: mx.array, storage: str, dtype: mx.Dtype
-) -> tuple[mx.array, mx.array]:
+def split(values: mx.array, storage: str, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     x = values.astype(mx.float32)
     error = ERRORS[storage]
     if dtype == mx.float16:
@@ -110,9 +108,7 @@ def round_stochastically(
     values: mx.array, dtype: mx.Dtype, seed: mx.array, step: mx.array, tensor: int
 ) -> mx.array:
     numbers = mx.arange(values.size, dtype=mx.uint64).reshape(values.shape)
-    key = header()["random_key"](
-        seed.astype(mx.uint32), step.astype(mx.uint32), tensor
-    )
+    key = header()["random_key"](seed.astype(mx.uint32), step.astype(mx.uint32), tensor)
     high, low = (x.astype(mx.uint32) for x in (numbers >> 32, numbers))
     random = header()["random_bits"](key, high, low)
     name = "float16" if dtype == mx.float16 else "bfloat16"
@@ -336,9 +332,7 @@ class Leaves:
         entries = dict(zip(kind.state_names, plain[first:], strict=False))
         for key in entries.keys() & held.keys():
             value = new[first + kind.state_names.index(key)]
-            codes, scales = encode(
-                value, held[key], key in kind.non_negative_names
-            )
+            codes, scales = encode(value, held[key], key in kind.non_negative_names)
             del entries[key]
             entries |= {f"{key}_{held[key]}": codes, f"{key}_scales": scales}
         if "error" in held and kind.writes_parameter:

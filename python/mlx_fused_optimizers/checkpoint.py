@@ -358,7 +358,9 @@ class _Match:
         self, optimizer: stock.Optimizer, here: Arrays, saved: Arrays
     ) -> None:
         """Make weights of saved float32 parameters, where a part has masters."""
-        masters = {getattr(part, "master_weights", None) for part in parts_of(optimizer)}
+        masters = {
+            getattr(part, "master_weights", None) for part in parts_of(optimizer)
+        }
         for master in masters - {None}:
             for path, like in here.items():
                 array = saved.get(path)

@@ -56,7 +56,8 @@ def cast_model(
         raise TypeError(f"dtype is of type {type(dtype).__name__}; expected a Dtype")
     if dtype not in (mx.float32, *HALF_DTYPES):
         raise ValueError(
-            f"dtype should be float32, float16 or bfloat16, {dtype} was provided instead"
+            f"dtype should be float32, float16 or bfloat16, {dtype} was provided "
+            "instead"
         )
     if not callable(keep):
         raise TypeError(
@@ -152,11 +153,12 @@ def _plain_state(
             for key in {plain_name(entry) for entry in state}:
                 release(state, key, parameter.shape, optimizer._rule())
         return {
-            key: x.astype(mx.float32) if is_half(x) else x
-            for key, x in state.items()
+            key: x.astype(mx.float32) if is_half(x) else x for key, x in state.items()
         }
 
-    nodes = {k: v for k, v in optimizer.state.items() if isinstance(v, (dict, list, tuple))}
+    nodes = {
+        k: v for k, v in optimizer.state.items() if isinstance(v, (dict, list, tuple))
+    }
     return {**_own_entries(optimizer), **walk(nodes, "")}
 
 

@@ -27,8 +27,8 @@ MIXTURES = [
     *[(half, half, "float32") for half in ("float16", "bfloat16")],
     *[("float32", half, "float32") for half in ("float16", "bfloat16")],
 ]
-# The dtype of parameter and gradient, and how parameter and states are held: each way to
-# hold either. States that are in no codes are float32.
+# The dtype of parameter and gradient, and how parameter and states are held: each way
+# to hold either. States that are in no codes are float32.
 HELD = [
     ("bfloat16", "24bit", "int8"),
     ("bfloat16", "32bit", "int4"),
@@ -80,16 +80,16 @@ def _check_device(device: str) -> Iterator[Result]:
     arrays = {name: mx.zeros((1,), dtype) for name, dtype in DTYPES.items()}
     for rule in kernels.rule_names():
         for mixture in MIXTURES:
-            given = [arrays[dtype] for dtype in mixture]
-            failure = kernels.check_update(rule, *given)
+            parameter, gradient, state = (arrays[dtype] for dtype in mixture)
+            failure = kernels.check_update(rule, parameter, gradient, state)
             yield Result(device, rule, *mixture, failure)
-        for dtype, parameter, state in held_kernels(rule):
+        for dtype, weight, codes in held_kernels(rule):
             like = arrays[dtype]
             failure = kernels.check_update(
-                rule, like, like, arrays["float32"], parameter, state
+                rule, like, like, arrays["float32"], weight, codes
             )
-            held = "float32" if state == "plain" else state
-            yield Result(device, rule, f"{dtype} {parameter}", dtype, held, failure)
+            held = "float32" if codes == "plain" else codes
+            yield Result(device, rule, f"{dtype} {weight}", dtype, held, failure)
     for dtype, array in arrays.items():
         yield Result(device, "sums", "", dtype, "", kernels.check_sums(array))
 

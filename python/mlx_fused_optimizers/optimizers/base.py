@@ -20,6 +20,7 @@ from .._formats import (
     is_error,
     is_half,
     kind_of,
+    master_of,
     plain_name,
 )
 from .._kernels import kernels
@@ -350,9 +351,7 @@ class Optimizer(stock.Optimizer):
                 for name in state.keys() - node.keys():
                     del state[name]
             for name, child in node.items():
-                state[name] = self._state_of(
-                    child, state.get(name), f"{path}.{name}"
-                )
+                state[name] = self._state_of(child, state.get(name), f"{path}.{name}")
             return state
         if isinstance(node, (list, tuple)):
             was = state if isinstance(state, (list, tuple)) else ()
@@ -775,9 +774,11 @@ class FusedOptimizer(Optimizer):
         for key in kinds:
             release(state, key, parameter.shape, self._rule())
         dtype = parameter.dtype
-        is_split = is_error(state.get("error")) and dtype in HALF_DTYPES
-        if is_split:
-            parameter = kernels.join(parameter, state.pop("error"))
+        master = None
+        if is_error(state.get("error")) and dtype in HALF_DTYPES:
+            error = state.pop("error")
+            master = master_of(error)
+            parameter = kernels.join(parameter, error)
         elif self.stochastic_rounding and dtype in HALF_DTYPES:
             parameter = parameter.astype(mx.float32)
         self._cast_all(state)
@@ -795,8 +796,8 @@ class FusedOptimizer(Optimizer):
         self._cast_all(state)
         for key, kind in kinds.items():
             hold(state, [key], self._rule(), kind)
-        if is_split:
-            updated, state["error"] = kernels.split(updated, self.master_weights, dtype)
+        if master is not None:
+            updated, state["error"] = kernels.split(updated, master, dtype)
         elif self.stochastic_rounding and dtype in HALF_DTYPES:
             updated = kernels.round_stochastically(
                 updated.astype(mx.float32),
@@ -811,12 +812,16 @@ class FusedOptimizer(Optimizer):
         """Compute what becomes of the leaves; nothing is changed yet."""
         sets, set_of = self._sets(leaves)
 
-        def run(chosen: list[int] | None = None, after: Sequence[mx.array] = ()) -> None:
+        def run(
+            chosen: list[int] | None = None, after: Sequence[mx.array] = ()
+        ) -> None:
             self._run(
                 leaves,
                 self._rule(),
                 sets,
-                sets=set_of if chosen is None else set_of and [set_of[i] for i in chosen],
+                sets=set_of
+                if chosen is None
+                else set_of and [set_of[i] for i in chosen],
                 learning_rate=as_array(self.state.get("learning_rate")),
                 gradient_scale=clip.scale,
                 skip=clip.skip,
@@ -883,7 +888,7 @@ class FusedOptimizer(Optimizer):
             moves = rate is not None and bool(mx.any(as_array(rate) != 0).item())
             if before == now and any(mx.any(g != 0).item() for g in leaves.gradients):
                 warn_caller(
-                    f"{type(self).__name__}: a step changed no parameter, because it is "
+                    f"{type(self).__name__}: a step changed no parameter, as it is "
                     f"below the precision of {halves[0].dtype}. Use "
                     'master_weights="24bit" or stochastic_rounding=True'
                 )

@@ -186,7 +186,9 @@ class Muon(FusedOptimizer, stock.Muon):
         """
         parameters, gradients = leaves.parameters, leaves.gradients
         usual = self._plain_dtype()
-        moments = {leaves.states[i]["v"].dtype for i in batch if "v" in leaves.states[i]}
+        moments = {
+            leaves.states[i]["v"].dtype for i in batch if "v" in leaves.states[i]
+        }
         known = (mx.float16, mx.float32)
         if (
             (len(moments) > 1 and usual is None)

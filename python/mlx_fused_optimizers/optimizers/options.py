@@ -97,8 +97,8 @@ def _check_skip_nonfinite(optimizer: Any, value: Any) -> None:
 def _check_one_norm(clip_by_last_norm: Any, skip_nonfinite: Any) -> None:
     if clip_by_last_norm and skip_nonfinite:
         raise ValueError(
-            "clip_by_last_norm and skip_nonfinite exclude each other: whether a step is "
-            "skipped depends on its own norm"
+            "clip_by_last_norm and skip_nonfinite exclude each other: whether a step "
+            "is skipped depends on its own norm"
         )
 
 
@@ -118,8 +118,8 @@ def _check_state_dtype(optimizer: Any, value: Any) -> None:
         )
     if isinstance(value, str) and not optimizer.takes_codes:
         raise ValueError(
-            f"{type(optimizer).__name__} has no states in codes: it holds means of rows "
-            f"and columns, which are small; found state_dtype={value!r}"
+            f"{type(optimizer).__name__} has no states in codes: it holds means of "
+            f"rows and columns, which are small; found state_dtype={value!r}"
         )
 
 
@@ -144,8 +144,8 @@ def _check_stochastic_rounding(optimizer: Any, value: Any) -> None:
 def _check_one_rounding(master_weights: Any, stochastic_rounding: Any) -> None:
     if master_weights is not None and stochastic_rounding:
         raise ValueError(
-            "master_weights and stochastic_rounding exclude each other: a weight with a "
-            "master loses nothing when it is rounded"
+            "master_weights and stochastic_rounding exclude each other: a weight with "
+            "a master loses nothing when it is rounded"
         )
 
 
