@@ -77,7 +77,8 @@ def decode(
     blocks = _in_blocks(codes.astype(mx.float32), BLOCKS[storage])
     most = _most(storage, is_never_negative)
     values = header()[f"decoded_{sign}"](blocks, scales[:, None], most)
-    return values.reshape(-1)[:size].reshape(shape)
+    result: mx.array = values.reshape(-1)[:size].reshape(shape)
+    return result
 
 
 def split(values: mx.array, storage: str, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -97,11 +98,12 @@ def join(weights: mx.array, errors: mx.array) -> mx.array:
     wide = weights.astype(mx.float32)
     rest = errors.astype(mx.int32).view(mx.uint32)
     if weights.dtype == mx.float16:
-        exponents = _exponents(errors.dtype)
-        return header()["joined_float16"](wide, rest, exponents)
-    return header()["joined_bfloat16"](
-        wide, rest * 256 if errors.dtype == mx.int8 else rest
-    )
+        joined = header()["joined_float16"](wide, rest, _exponents(errors.dtype))
+    else:
+        unit = 256 if errors.dtype == mx.int8 else 1
+        joined = header()["joined_bfloat16"](wide, rest * unit)
+    result: mx.array = joined
+    return result
 
 
 def round_stochastically(
@@ -112,7 +114,8 @@ def round_stochastically(
     high, low = (x.astype(mx.uint32) for x in (numbers >> 32, numbers))
     random = header()["random_bits"](key, high, low)
     name = "float16" if dtype == mx.float16 else "bfloat16"
-    return header()[f"stochastic_{name}"](values, random).astype(dtype)
+    rounded: mx.array = header()[f"stochastic_{name}"](values, random)
+    return rounded.astype(dtype)
 
 
 def written_slots(rule: str) -> tuple[int, list[int]]:
@@ -322,7 +325,7 @@ class Leaves:
         new: list[mx.array],
         held: dict[str, Any],
         keep_dtypes: bool,
-        random: tuple[mx.array, Any] | None,
+        random: tuple[Any, Any] | None,
     ) -> tuple[list[mx.array], dict[str, mx.array]]:
         """The new slots, and the entries of the state."""
         parameter = self._parameters[i]

@@ -361,7 +361,7 @@ class _Match:
         masters = {
             getattr(part, "master_weights", None) for part in parts_of(optimizer)
         }
-        for master in masters - {None}:
+        for master in filter(None, masters):
             for path, like in here.items():
                 array = saved.get(path)
                 if (
