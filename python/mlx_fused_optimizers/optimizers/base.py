@@ -24,7 +24,7 @@ from .._formats import (
     plain_name,
 )
 from .._kernels import kernels
-from .held import hold, hold_error, release
+from .held import hold, hold_error, hold_zeros, release
 from .options import (
     FUSED_DTYPES,
     OPTIONS,
@@ -370,12 +370,19 @@ class Optimizer(stock.Optimizer):
             shapes = self._shapes(node)
             if not all(has_shape(state, k, x) for k, x in shapes.items()):
                 state.clear()
-        if not state:
+        is_new = not state
+        if is_new:
             self.init_single(node, state)
-        self._hold(path, node, state)
+        self._hold(path, node, state, is_new)
         return state
 
-    def _hold(self, path: str, parameter: mx.array, state: dict[str, Any]) -> None:
+    def _hold(
+        self,
+        path: str,
+        parameter: mx.array,
+        state: dict[str, Any],
+        is_new: bool = False,
+    ) -> None:
         """Bring a parameter's state into the form that the options ask for."""
 
     def _shapes(self, parameter: mx.array) -> dict[str, Any]:
@@ -668,7 +675,13 @@ class FusedOptimizer(Optimizer):
         holds = self.state_dtype is not None or self.master_weights is not None
         return mx.float32 if holds else None
 
-    def _hold(self, path: str, parameter: mx.array, state: dict[str, Any]) -> None:
+    def _hold(
+        self,
+        path: str,
+        parameter: mx.array,
+        state: dict[str, Any],
+        is_new: bool = False,
+    ) -> None:
         kind = self.state_dtype if isinstance(self.state_dtype, str) else None
         if parameter.dtype not in FUSED_DTYPES:
             kind = None
@@ -682,7 +695,11 @@ class FusedOptimizer(Optimizer):
             for key in others:
                 was_held |= kind_of(state, key) is not None
                 release(state, key, parameter.shape, rule)
-            hold(state, others, rule, kind)
+            init_single = getattr(self.init_single, "__func__", None)
+            if kind and is_new and init_single is FusedOptimizer.init_single:
+                hold_zeros(state, others, rule, kind, parameter.size)
+            else:
+                hold(state, others, rule, kind)
             if was_held and self._plain_dtype() is None:
                 # A float32 state beside a weight of half precision would widen it.
                 for key in kernels.states(rule):
