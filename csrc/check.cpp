@@ -142,10 +142,11 @@ double tolerance(const Format& format) {
 
 }  // namespace
 
-std::optional<std::string> check_update(const RuleTraits& rule,
-                                        const Formats& formats,
-                                        mx::Stream stream) try {
-  const mx::StreamContext context(stream);
+namespace {
+
+// What is checked: an update of as many tensors as a group has at most. Each
+// has scalars of its own: every second one decays, the first is skipped.
+GroupUpdate check_group(const RuleTraits& rule, const Formats& formats) {
   const bool is_random = formats[0].storage == Storage::stochastic;
   const int tensors = static_cast<int>(max_group_size(rule, formats));
   GroupUpdate update{
@@ -158,9 +159,6 @@ std::optional<std::string> check_update(const RuleTraits& rule,
       nullptr,
       {},
       true};
-  const auto& layout = *update.layout;
-  // Each tensor has scalars of its own: every second one decays, the first is
-  // skipped.
   auto plain = check_hyperparameters(rule);
   for (size_t k = 0; k < plain.size(); ++k) {
     if (rule.hyperparameters[k] == "weight_decay") {
@@ -169,15 +167,20 @@ std::optional<std::string> check_update(const RuleTraits& rule,
   }
   update.sets =
       std::make_shared<const Sets>(Sets{check_hyperparameters(rule), plain});
-  // What the kernel gets, and plain operations, in float32 where it is plain.
-  Arrays inputs, wide;
-  const auto put = [&](const mx::array& a, bool widens) {
-    inputs.push_back(a);
-    wide.push_back(widens ? mx::astype(a, mx::float32) : a);
-  };
-  std::vector<float> rates, scales;
   for (uint32_t tensor = 0; tensor < static_cast<uint32_t>(tensors); ++tensor) {
     update.entries.push_back({tensor % 2, tensor, tensor});
+  }
+  return update;
+}
+
+// Its inputs, the same each time, but nobody else's.
+Arrays check_inputs(const GroupLayout& layout) {
+  const auto& rule = *layout.rule;
+  const auto& formats = layout.formats;
+  const int tensors = layout.tensors;
+  Arrays inputs;
+  std::vector<float> rates, scales;
+  for (uint32_t tensor = 0; tensor < static_cast<uint32_t>(tensors); ++tensor) {
     rates.push_back(0.1f / static_cast<float>(tensor + 1));
     scales.push_back(0.75f - 0.1f * static_cast<float>(tensor));
     for (int slot = 0; slot < layout.slots(); ++slot) {
@@ -194,39 +197,41 @@ std::optional<std::string> check_update(const RuleTraits& rule,
       if (format.has_companion()) {
         const auto [values, companion] =
             format.has_codes() ? encode(format, a) : split(format, a);
-        put(values, false);
-        put(companion, false);
+        inputs.push_back(values);
+        inputs.push_back(companion);
       } else {
-        put(is_gradient ? transposed(a) : a, format.storage == Storage::plain);
+        inputs.push_back(is_gradient ? transposed(a) : a);
       }
     }
   }
   if (rule.reads_learning_rate) {
-    put(mx::array(rates.begin(), {tensors}), false);
+    inputs.push_back(mx::array(rates.begin(), {tensors}));
   }
   if (layout.has[step]) {
     // At step 1 Adafactor forgets its means.
-    put(mx::array(uint64_t{rule.is_factored() ? 3u : 1u}), false);
+    inputs.push_back(mx::array(uint64_t{rule.is_factored() ? 3u : 1u}));
   }
-  put(mx::array(scales.begin(), {tensors}), false);
-  put(mx::equal(mx::arange(tensors), mx::array(0)), false);
-  if (is_random) {
-    put(mx::array(uint32_t{7}), false);
+  inputs.push_back(mx::array(scales.begin(), {tensors}));
+  inputs.push_back(mx::equal(mx::arange(tensors), mx::array(0)));
+  if (layout.has[seed]) {
+    inputs.push_back(mx::array(uint32_t{7}));
   }
-  // Held by us, so the kernel works on copies.
   mx::eval(inputs);
+  return inputs;
+}
 
-  auto expected = composed_update(update, /*keep_dtypes=*/true, stream)(wide);
-  auto actual = FusedUpdate::make_outputs(
-      std::make_shared<FusedUpdate>(stream, update), std::move(inputs), {});
-  mx::eval(actual);
+// What differs between the outputs of a kernel and of plain operations.
+std::optional<std::string> compare_outputs(const GroupLayout& layout,
+                                           const Arrays& actual,
+                                           const Arrays& expected,
+                                           const Arrays& inputs) {
   for (size_t i = 0; i < actual.size(); ++i) {
     const auto& part = layout.parts[layout.written[i % layout.written.size()]];
     const auto& format = layout.format(part);
     auto found = actual[i], wanted = expected[i];
     if (format.has_companion()) {
       const int tensor = static_cast<int>(i / layout.written.size());
-      const auto& shape = wide[layout.gradient(tensor)].shape();
+      const auto& shape = inputs[layout.gradient(tensor)].shape();
       ++i;  // the second of a pair
       const auto values = [&](const Arrays& arrays) {
         return format.is_split()
@@ -241,6 +246,59 @@ std::optional<std::string> check_update(const RuleTraits& rule,
     }
   }
   return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<std::string> check_update(const RuleTraits& rule,
+                                        const Formats& formats,
+                                        mx::Stream stream,
+                                        bool must_be_in_place) try {
+  const mx::StreamContext context(stream);
+  const auto update = check_group(rule, formats);
+  const auto& layout = *update.layout;
+  const auto inputs = check_inputs(layout);
+  // In float32, where it is plain.
+  Arrays wide;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const auto tensors = static_cast<size_t>(layout.input(layout.tensors, 0));
+    const bool widens =
+        i < tensors &&
+        layout.format(layout.parts[i % layout.parts.size()]).storage ==
+            Storage::plain;
+    wide.push_back(widens ? mx::astype(inputs[i], mx::float32) : inputs[i]);
+  }
+  const auto expected =
+      composed_update(update, /*keep_dtypes=*/true, stream)(wide);
+  const auto outputs_of = [&](Arrays given) {
+    auto outputs = FusedUpdate::make_outputs(
+        std::make_shared<FusedUpdate>(stream, update), std::move(given), {});
+    mx::eval(outputs);
+    return outputs;
+  };
+  // First on copies, because we hold the inputs, then in their memory.
+  if (auto difference =
+          compare_outputs(layout, outputs_of(inputs), expected, inputs)) {
+    return difference;
+  }
+  auto given = check_inputs(layout);
+  mx::synchronize(stream);  // nothing under way holds them
+  std::vector<const void*> memory;
+  for (int tensor = 0; tensor < layout.tensors; ++tensor) {
+    for (const int part : layout.written) {
+      memory.push_back(given[layout.input(tensor, part)].buffer().ptr());
+    }
+  }
+  const auto actual = outputs_of(std::move(given));
+  for (size_t i = 0; i < actual.size() && must_be_in_place; ++i) {
+    const auto& part = layout.parts[layout.written[i % layout.written.size()]];
+    // A gradient that is transposed moves where its order has to change.
+    if (rule.slots[part.slot].role != Role::gradient &&
+        actual[i].buffer().ptr() != memory[i]) {
+      return "an array was copied that nobody holds";
+    }
+  }
+  return compare_outputs(layout, actual, expected, inputs);
 } catch (const KernelError& error) {
   return error.what();
 }

@@ -12,10 +12,13 @@
 namespace mlx_fused {
 
 // What is wrong with the kernel that updates slots of these formats; nothing if
-// it agrees. A compiler's message is such an answer.
+// it agrees. A compiler's message is such an answer. It runs on copies and in
+// place; must_be_in_place asks for the memory itself, which a GPU that is busy
+// may still hold.
 std::optional<std::string> check_update(const RuleTraits& rule,
                                         const Formats& formats,
-                                        mlx::core::Stream stream);
+                                        mlx::core::Stream stream,
+                                        bool must_be_in_place = false);
 
 // The same of the sums of squares of arrays of a dtype.
 std::optional<std::string> check_sums(mlx::core::Dtype dtype,

@@ -125,8 +125,8 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       "check_update",
       [](const std::string& name, const mlx::core::array& parameter,
          const mlx::core::array& gradient, const mlx::core::array& state,
-         const std::string& parameter_storage,
-         const std::string& state_storage) {
+         const std::string& parameter_storage, const std::string& state_storage,
+         bool must_be_in_place) {
         using mlx_fused::Role;
         const auto& rule = mlx_fused::rule_named(name);
         mlx_fused::Formats formats;
@@ -142,10 +142,12 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
         }
         return mlx_fused::check_update(
             rule, formats,
-            mlx::core::default_stream(mlx::core::default_device()));
+            mlx::core::default_stream(mlx::core::default_device()),
+            must_be_in_place);
       },
       "rule"_a, "parameter"_a, "gradient"_a, "state"_a,
       "parameter_storage"_a = "plain", "state_storage"_a = "plain",
+      "must_be_in_place"_a = true,
       "What is wrong with the default device's kernel for arrays of these "
       "dtypes, held so, or None.");
   m.def(

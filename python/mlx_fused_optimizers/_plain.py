@@ -464,6 +464,7 @@ def check_update(
     state: mx.array,
     parameter_storage: str = "plain",
     state_storage: str = "plain",
+    must_be_in_place: bool = True,
 ) -> str | None:
     return NO_KERNELS
 
