@@ -45,7 +45,9 @@ test-plain: $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench
 	rm -rf $(PLAIN) && mkdir -p $(PLAIN)
 	cp -R python/mlx_fused_optimizers $(PLAIN)
 	cp metal/update_rules.h $(PLAIN)/mlx_fused_optimizers
-	PYTHONPATH=$(CURDIR)/$(PLAIN) MLX_FUSED_TEST_BACKENDS=plain $(BIN)/python -m pytest $(TESTS)
+	PYTHONPATH=$(CURDIR)/$(PLAIN) MLX_FUSED_TEST_BACKENDS=plain \
+	  PYTHONWARNINGS="ignore:mlx_fused_optimizers uses plain MLX operations" \
+	  $(BIN)/python -m pytest $(TESTS)
 
 simulator: $(STAMPS)/simulator
 

@@ -18,7 +18,7 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from mlx_fused_optimizers import checkpoint
@@ -215,6 +215,7 @@ def test_before_the_first_step_and_partly_frozen(tmp_path: Path) -> None:
     assert everything(other, resumed) == everything(model, optimizer)
 
 
+@settings(deadline=None)
 @given(tree=trees(), seed=st.integers(0, 99))
 def test_random_trees(
     tmp_path_factory: pytest.TempPathFactory, tree: Any, seed: int

@@ -230,6 +230,10 @@ def test_norms_and_scaling() -> None:
         for x, y in zip(actual, expected, strict=True):
             assert (x.dtype, x.shape) == (y.dtype, y.shape)
             np.testing.assert_allclose(to_numpy(x), to_numpy(y), rtol=2e-6)
+    # Summed in one chain, squares of a shorter array lose digits, too.
+    chain = [mx.broadcast_to(mx.array([0.9]), (1984,)), mx.array([1.0])]
+    _, norm, _ = _plain.sums_of_squares(chain, mx.array(2.0))
+    assert norm.item() == pytest.approx((0.81 * 1984 + 1) ** 0.5, rel=1e-6)
     factor = mx.array(0.37)
     pairs = zip(_plain.scale(arrays, factor), _ext.scale(arrays, factor), strict=True)
     assert all(x.dtype == y.dtype and mx.array_equal(x, y) for x, y in pairs)

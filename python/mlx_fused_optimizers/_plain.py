@@ -489,13 +489,14 @@ def _sum(x: mx.array) -> mx.array:
     # MLX 0.32.4 may not return from reductions of arrays without elements.
     if x.size == 0:
         return mx.array(0.0)
-    # On the CPU mx.sum adds one after the other, and loses digits of long arrays.
-    row = 1024
-    if x.size < 2 * row:
-        return mx.sum(x)
-    flat, rest = x.reshape(-1), x.size % row
-    total = mx.sum(mx.sum(flat[: x.size - rest].reshape(-1, row), axis=1))
-    return total + mx.sum(flat[x.size - rest :]) if rest else total
+    # On the CPU mx.sum adds one after the other, and loses digits of long arrays: so
+    # sums of rows, and of these sums.
+    row, flat = 64, x.reshape(-1)
+    while flat.size > row:
+        end = flat.size // row * row
+        sums = mx.sum(flat[:end].reshape(-1, row), axis=1)
+        flat = mx.concatenate([sums, flat[end:]]) if end < flat.size else sums
+    return mx.sum(flat)
 
 
 # Trees
