@@ -135,9 +135,12 @@ def assert_same_bits(found: mx.array, expected: mx.array) -> None:
     """Of NaN alone the place is compared: a sign or payload means nothing."""
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     places = [np.array(mx.isnan(x)) for x in (found, expected)]
-    np.testing.assert_array_equal(*places)
-    pair = [np.where(p, 0, bits_of(x)) for p, x in zip(places, (found, expected), strict=True)]
-    np.testing.assert_array_equal(*pair)
+    np.testing.assert_array_equal(places[0], places[1])
+    pair = [
+        np.where(p, 0, bits_of(x))
+        for p, x in zip(places, (found, expected), strict=True)
+    ]
+    np.testing.assert_array_equal(pair[0], pair[1])
 
 
 # What a step of an optimizer is to do

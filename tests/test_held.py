@@ -63,7 +63,9 @@ def blocks_of_normal_values(kind: str, is_positive: bool) -> dict[str, Floats]:
     """Blocks without denormals, by what is special about them."""
     rng = np.random.default_rng(0)
     block = KINDS[kind].block
-    normal = rng.standard_normal((3000, block)) * 10.0 ** rng.uniform(-20, 20, (3000, 1))
+    normal = rng.standard_normal((3000, block)) * 10.0 ** rng.uniform(
+        -20, 20, (3000, 1)
+    )
     wide = 10.0 ** rng.uniform(-30, 0, (500, block)) * rng.choice([-1, 1], (500, block))
     alone = np.zeros((block, block))
     np.fill_diagonal(alone, 10.0 ** np.linspace(-37, 38, block))
@@ -102,10 +104,10 @@ def test_a_code_is_the_root_to_half_a_code(kind: str, is_positive: bool) -> None
         if is_positive:
             np.testing.assert_array_equal(q == 0, flat == 0, label)
 
-        values = kernels.decode(
+        decoded_by_us = kernels.decode(
             mx.array(codes), mx.array(scales), x.shape, kind, is_positive
         )
-        restored = np.array(values).astype(np.float64)
+        restored = np.array(decoded_by_us).astype(np.float64)
         assert restored.shape == x.shape
         exact = decoded(q, scales, kind, is_positive).reshape(x.shape)
         # Below float32's normal range by a denormal's rounding.
@@ -161,7 +163,9 @@ def test_every_code_comes_back(backend: str, kind: str, is_positive: bool) -> No
     q = np.tile(rows, (len(scales), 1)).reshape(-1)
     scales = np.repeat(scales, len(rows)).astype(np.float32)
     codes = packed(q, kind, is_positive)
-    values = kernels.decode(mx.array(codes), mx.array(scales), q.shape, kind, is_positive)
+    values = kernels.decode(
+        mx.array(codes), mx.array(scales), q.shape, kind, is_positive
+    )
     again = encoded(np.array(values), kind, is_positive)
     np.testing.assert_array_equal(again[0].reshape(codes.shape), codes)
     np.testing.assert_array_equal(again[1], scales)
@@ -244,10 +248,12 @@ def test_what_is_not_finite_stays_in_its_block(
 # Of a float32's lower 16 bits: the ends, what lies about the middles of bfloat16 and
 # of the error's 8 bits, and some more.
 LOWER = np.array(
-    [0, 1, 2, 0x7E, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x17F, 0x180, 0x181, 0x7E7F, 0x7E80]
-    + [0x7EFF, 0x7F00, 0x7F01, 0x7F7F, 0x7F80, 0x7F81, 0x7FFE, 0x7FFF, 0x8000, 0x8001]
-    + [0x807F, 0x8080, 0x8081, 0x80FF, 0x8100, 0x8180, 0xFE80, 0xFEFF, 0xFF00, 0xFF7F]
-    + [0xFF80, 0xFF81, 0xFFFE, 0xFFFF],
+    [
+        *(0, 1, 2, 0x7E, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x17F, 0x180, 0x181, 0x7E7F),
+        *(0x7E80, 0x7EFF, 0x7F00, 0x7F01, 0x7F7F, 0x7F80, 0x7F81, 0x7FFE, 0x7FFF),
+        *(0x8000, 0x8001, 0x807F, 0x8080, 0x8081, 0x80FF, 0x8100, 0x8180, 0xFE80),
+        *(0xFEFF, 0xFF00, 0xFF7F, 0xFF80, 0xFF81, 0xFFFE, 0xFFFF),
+    ],
     np.uint32,
 )
 
@@ -468,7 +474,7 @@ def test_random_bits_are_the_same_everywhere(backend: str, dtype: mx.Dtype) -> N
 
 
 def test_random_bits_do_not_depend_on_each_other() -> None:
-    """Of seeds, steps, tensors and neighbours: half of what is in the middle goes up."""
+    """Of seeds, steps, tensors and neighbours: half of all middles go up."""
     x = np.full(1_000_000, 1 + 2.0**-8, np.float32)  # between 1 and 1 + 2^-7
 
     def ups(seed: int, step: int, tensor: int) -> Array:

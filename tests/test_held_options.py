@@ -84,14 +84,17 @@ def beginning(storage: Storage, count: int = 3) -> tuple[Any, list[Any]]:
 @few_storages
 # MLX compiles plain operations, as of a user's class, with the machine's compiler.
 @pytest.mark.parametrize(
-    ("make", "compiled"),
-    [(optim.AdamW, False), (optim.AdamW, True), (Doubling, False)],
+    ("make", "compiled", "bad"),
+    [
+        (optim.AdamW, False, np.nan),
+        (optim.AdamW, True, -np.inf),
+        (Doubling, False, np.nan),
+    ],
 )
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_skipped_step_changes_no_bit(
     backend: str, storage: Storage, make: Any, compiled: bool, bad: float
 ) -> None:
-    weights, steps = beginning(storage)
+    weights, steps = beginning(storage, count=2)
     optimizer = make(
         0.1,
         skip_nonfinite=True,
@@ -111,8 +114,8 @@ def test_a_skipped_step_changes_no_bit(
         after = snapshot([weights, optimizer.state])
         changed = {path for path in after if after[path] != before[path]}
         assert changed == {"1.grad_norm", "1.skipped_steps"}
-    assert int(optimizer.skipped_steps) == 3
-    assert int(optimizer.step) == 3
+    assert int(optimizer.skipped_steps) == 2
+    assert int(optimizer.step) == 2
 
 
 @few_storages
@@ -154,7 +157,9 @@ def test_large_states_are_in_codes_by_default(backend: str, kind: str) -> None:
     shapes = {"large": (64, 64), "small": (4095,), "longer": (4097,)}
     weights = {k: mx.zeros(shape, mx.bfloat16) for k, shape in shapes.items()}
     optimizer = optim.AdamW(0.1, state_dtype=kind)
-    optimizer.apply_gradients(fill(weights, np.random.default_rng(2), mx.bfloat16), weights)
+    optimizer.apply_gradients(
+        fill(weights, np.random.default_rng(2), mx.bfloat16), weights
+    )
     codes = {f"m_{kind}", "m_scales", f"v_{kind}", "v_scales"}
     assert optimizer.state["large"].keys() == codes
     assert optimizer.state["longer"].keys() == codes
@@ -279,7 +284,7 @@ def test_checkpoints(backend: str, storage: Storage, tmp_path: Path) -> None:
     optimizer = optim.AdamW(0.1, skip_nonfinite=True, **options_of(storage))
     weights, _ = run(optimizer, weights, steps)
     optim.save(path, weights, optimizer)
-    saved = mx.load(str(path))
+    saved: Any = mx.load(str(path))
     for name, x in leaves_of(optimizer.state).items():
         assert snapshot({"x": saved[f"optimizer.{name}"]}) == snapshot({"x": x})
 
@@ -343,9 +348,9 @@ def test_state_dtype_may_change(
                 else:
                     assert np.all(error <= error_bound(x, kind, is_positive))
         weights = optimizer.apply_gradients(steps[0], weights)
-        for x in leaves_of(weights).values():
-            assert x.dtype == dtype
-            assert mx.all(mx.isfinite(x))
+        for weight in leaves_of(weights).values():
+            assert weight.dtype == dtype
+            assert mx.all(mx.isfinite(weight))
 
 
 def state_at(optimizer: Any, path: str) -> Any:
@@ -388,9 +393,7 @@ def test_master_weights_may_change(backend: str, dtype: mx.Dtype) -> None:
 
 
 @few_storages
-def test_init_again_when_the_model_has_changed(
-    backend: str, storage: Storage
-) -> None:
+def test_init_again_when_the_model_has_changed(backend: str, storage: Storage) -> None:
     weights, steps = beginning(storage)
     optimizer = optim.AdamW(0.1, **options_of(storage))
     weights, _ = run(optimizer, weights, steps)
@@ -445,7 +448,7 @@ def test_frozen_parameters_have_no_state(backend: str, storage: Storage) -> None
 
 @few_storages
 def test_gradients_through_a_step(backend: str, storage: Storage) -> None:
-    """Those of the float32 step from the same values, in which rounding has no share."""
+    """Those of the float32 step from the same values: rounding has no share."""
     rng = np.random.default_rng(9)
     w = random_array(rng, (50,), storage.dtype)
     g = random_array(rng, (50,), storage.dtype)
@@ -457,12 +460,12 @@ def test_gradients_through_a_step(backend: str, storage: Storage) -> None:
     master = weights["w"].astype(mx.float32)
     moment = plain_state(start["w"], (50,), "Momentum")
 
-    def ours(w: mx.array, g: mx.array) -> mx.array:
+    def ours(w: mx.array, g: mx.array) -> Any:
         optimizer.state.update(start, w=dict(start["w"]))
         updated = optimizer.apply_gradients({"w": g}, {"w": w})["w"]
         return (cosines * updated.astype(mx.float32)).sum()
 
-    def theirs(w: mx.array, g: mx.array) -> mx.array:
+    def theirs(w: mx.array, g: mx.array) -> Any:
         plain.init({"w": w})
         plain.state["w"] = dict(moment)
         plain.state["step"] = mx.array(1, mx.uint64)
@@ -525,8 +528,8 @@ def test_options_that_are_refused(
     """By the constructor, and when they are set on a running optimizer."""
     make = getattr(optim, name)
     with pytest.raises(error, match=text):
-        make(0.1, **options)
-    optimizer = make(0.1)
+        make(**options) if name == "Adafactor" else make(0.1, **options)
+    optimizer = make(0.1) if name != "Adafactor" else make()
     weights, steps = beginning(storage_named("24bit"))
     weights, before = run(optimizer, weights, steps)
     attributes = {key: getattr(optimizer, key) for key in options}
@@ -542,8 +545,9 @@ def test_options_that_are_refused(
 
 @pytest.mark.parametrize("name", ["state_dtype", "master_weights", "quantize_filter"])
 def test_plain_optimizers_take_no_storage(name: str) -> None:
+    options: Any = {name: None}
     with pytest.raises(TypeError, match="unexpected keyword argument"):
-        optim.MultiOptimizer([optim.SGD(0.1)], **{name: None})
+        optim.MultiOptimizer([optim.SGD(0.1)], [], **options)
 
 
 def test_a_filter_without_effect_is_warned_of() -> None:
@@ -551,13 +555,24 @@ def test_a_filter_without_effect_is_warned_of() -> None:
         optim.AdamW(0.1, quantize_filter=everything)
 
 
-@few_storages
 @pytest.mark.parametrize(
-    "entry", ["m_int8", "m_int4", "m_scales", "error", "gradient", "filter"]
+    ("name", "entry"),
+    [
+        ("int8", "m_int8"),
+        ("int8", "m_scales"),
+        ("int8-24bit", "v_scales"),
+        ("int8-24bit", "error"),
+        ("int4-32bit", "m_int4"),
+        ("int4-32bit", "error"),
+        ("int8-random", "v_int8"),
+        *[(storage.name, "gradient") for storage in FEW],
+        *[(storage.name, "filter") for storage in FEW],
+    ],
 )
 def test_an_error_in_a_step_changes_nothing(
-    backend: str, storage: Storage, entry: str
+    backend: str, name: str, entry: str
 ) -> None:
+    storage = storage_named(name)
     weights, steps = beginning(storage)
     optimizer = optim.AdamW(0.1, **options_of(storage))
     weights, _ = run(optimizer, weights, steps)
@@ -569,12 +584,10 @@ def test_an_error_in_a_step_changes_nothing(
     elif entry == "filter":
         optimizer.quantize_filter = fails
         error = ZeroDivisionError
-    elif entry in state:
-        state[entry] = state[entry].reshape(-1)[:-1]
     else:
-        pytest.skip("this storage has no such entry")
+        state[entry] = state[entry].reshape(-1)[:-1]
     before = snapshot([weights, optimizer.state])
-    with pytest.raises(error, match=None if entry == "filter" else "weight|m_|error"):
+    with pytest.raises(error, match=None if entry == "filter" else "weight|_|error"):
         optimizer.apply_gradients(gradients, weights)
     assert snapshot([weights, optimizer.state]) == before
 

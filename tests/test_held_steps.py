@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from conftest import SIMULATOR
 from held_reference import (
-    KINDS,
     ROOT_ERRORS,
     STORAGES,
     Storage,
@@ -155,7 +154,7 @@ def test_a_step_is_that_of_float32(
     optimizer = getattr(optim, name)(0.01, **options_of(storage, **options))
     optimizer.init(weights)
     rule = optimizer._rule()
-    for number in range(3):
+    for number in range(2):
         gradients = fill(weights, rng, storage.dtype)
         given = {
             key: turned(g) if number == 1 and g.ndim == 2 else g
@@ -193,8 +192,8 @@ LAYOUT_SHAPES: list[tuple[int, ...]] = [
     (40, 96),
     (7, 65),
     (1, 5),
-    (33, 1088),
-    (21, 1100),
+    (17, 1088),
+    (5, 1100),
     (20, 3, 24),
     (3, 20, 128),
 ]
@@ -206,7 +205,7 @@ LAYOUT_SHAPES: list[tuple[int, ...]] = [
 def test_layouts_of_gradients_do_not_matter(
     backend: str, storage: Storage, threads: int
 ) -> None:
-    """Nor do threads: codes, scales, errors and weights are those of a contiguous one."""
+    """Nor do threads: all bits are those of a contiguous gradient."""
     if backend == SIMULATOR and threads > 1:
         pytest.skip("its kernels have no threads to set")
     rng = np.random.default_rng(1)
@@ -214,7 +213,8 @@ def test_layouts_of_gradients_do_not_matter(
     if backend != SIMULATOR:
         shapes |= {"many": (700, 640), "many, no blocks": (601, 703)}
     start = random_tree(rng, storage.dtype, shapes)
-    gradients = [fill(start, rng, storage.dtype) for _ in range(2)]
+    steps = 1 if backend == SIMULATOR else 2
+    gradients = [fill(start, rng, storage.dtype) for _ in range(steps)]
     usual = kernels.num_threads()
     results = []
     try:
