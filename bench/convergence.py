@@ -327,12 +327,18 @@ def chart(tasks: dict[str, Any], path: Path) -> None:
             finals.barh(i, statistics.fmean(losses), 0.7, color=colours[i], alpha=0.5)
             finals.plot(losses, [i] * len(losses), "k|", markersize=9)
             largest = max(one["largest update"] for one in found)
-            updates.bar_label(
-                updates.barh(i, largest, 0.7, color=colours[i], alpha=0.5),
-                fmt="%.3g",
-                fontsize=7,
-                padding=2,
+            held = MODES[mode]
+            rounds = held.dtype != mx.float32 and "master_weights" not in held.options
+            bars = updates.barh(
+                i,
+                largest,
+                0.7,
+                color=colours[i],
+                alpha=0.5,
+                hatch="//" if rounds else "",
             )
+            text = f"{largest:.3g}" + (", a rounding" if rounds else "")
+            updates.bar_label(bars, [text], fontsize=7, padding=2)
         every = [one["training loss"] for f in task["runs"].values() for one in f]
         margin = (max(every) - min(every)) * 0.2 + 1e-6
         finals.set_xlim(min(every) - margin, max(every) + margin)
@@ -342,7 +348,7 @@ def chart(tasks: dict[str, Any], path: Path) -> None:
         finals.set_title("last training loss; a mark for each seed", fontsize=9)
         updates.set_title("largest update / learning rate (log scale)", fontsize=9)
         updates.set_xscale("log")
-        updates.margins(x=0.15)
+        updates.margins(x=0.45)
         for axis in (finals, updates):
             axis.set_yticks([])
             axis.invert_yaxis()
