@@ -3,7 +3,7 @@
 # make test-plain   run the tests on plain MLX operations, without any extension
 # make metal-check  simulate the Metal kernels and cross-compile for macOS;
 #   METAL_CHECK=--without-tests where make test has run them
-# make bench        step time, bandwidth, memory and growth beside the peers
+# make bench        step time, bandwidth, memory, growth and convergence beside the peers
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
 # make sanitize     run the tests under the address, undefined and thread sanitizers
 # make soak    100,000 steps beside mlx.optimizers; SOAK="--steps 1000 --seed 7"
@@ -66,9 +66,11 @@ wheel-check: wheel
 wheel-macos: $(STAMPS)/build $(STAMPS)/test
 	$(BIN)/python tests/cross_compile/cross_compile.py --wheels dist
 
-bench: $(STAMPS)/package $(STAMPS)/bench
+bench: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/examples
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.train_step
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.convergence
 
 # -n: a reference that leads nowhere is a warning, -W: a warning an error, -E: afresh.
 docs: $(STAMPS)/package $(STAMPS)/docs

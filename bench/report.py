@@ -161,21 +161,3 @@ def charts(rows: dict[str, Rows], folder: Path) -> None:
         pyplot.ylabel("microseconds a tensor")
         pyplot.legend(fontsize=8)
         save("growth", "Cost of a tensor against their number, AdamW")
-    if found := rows.get("memory"):
-        found = [row for row in found if row["dtype"] == "float32"]
-        pyplot.figure(figsize=(9, 0.55 * len(found) + 1))
-        for i, row in enumerate(found):
-            labels = [label for label in COLOURS if label in row]
-            for j, label in enumerate(labels):
-                place = i + (j - len(labels) / 2 + 0.5) * 0.2
-                pyplot.barh(place, row[label], 0.2, color=COLOURS[label])
-                pyplot.text(
-                    row[label], place, f" {row[label]:.3g}", va="center", fontsize=6
-                )
-        for label, colour in list(COLOURS.items())[:4]:
-            pyplot.barh(0, 0, color=colour, label=label)
-        pyplot.yticks(range(len(found)), [row["what"] for row in found], fontsize=8)
-        pyplot.gca().invert_yaxis()
-        pyplot.xlabel("MB beyond parameters, gradients (training: none) and state")
-        pyplot.legend(fontsize=8)
-        save("memory", "Peak memory that a step adds")

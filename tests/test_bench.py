@@ -45,6 +45,36 @@ def test_a_training_step(tmp_path: Path) -> None:
         assert row["last loss"] == pytest.approx(rows[0]["last loss"], rel=1e-4)
 
 
+def test_bytes_a_parameter_are_those_promised(tmp_path: Path) -> None:
+    sizes = ["--width", "128", "--layers", "1", "--vocabulary", "256"]
+    done = run("bench.memory", *sizes, "--device", "cpu", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    promised = [row for row in rows if row["promised"]]
+    assert len(promised) == 4
+    for row in promised:
+        assert row["all"] <= row["promised"]
+        assert row["without gradient"] <= row["promised"] - 2
+        assert row["extra MB"] == {"eager": 0.0, "compiled": 0.0}
+    assert (tmp_path / "memory.png").stat().st_size > 0
+
+
+def test_convergence_in_codes(tmp_path: Path) -> None:
+    sizes = ["--width", "64", "--layers", "1", "--context", "16", "--steps", "50"]
+    modes = ["float32", "bf16 + 24bit, int8 states", "bf16 + 24bit, int4 states"]
+    chosen = ["--tasks", "text", "--seeds", "1", "--modes", *modes]
+    where = ["--device", "cpu", "--output", str(tmp_path)]
+    done = run("bench.convergence", *sizes, *chosen, *where)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "convergence.json").read_text())["tasks"]["text"]
+    usual, *others = [found["runs"][mode][0] for mode in modes]
+    for other in others:
+        assert other["share in codes"] > 0.8
+        assert other["training loss"] == pytest.approx(usual["training loss"], rel=0.01)
+        assert other["largest update"] < 4 * usual["largest update"]
+    assert (tmp_path / "convergence.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
