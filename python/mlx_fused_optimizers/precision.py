@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ._formats import HALF_DTYPES, is_error, is_half, plain_name
 from ._kernels import kernels
-from .optimizers.base import FusedOptimizer, rebuilt
+from .optimizers.base import rebuilt
+from .optimizers.fused import FusedOptimizer
 from .optimizers.held import release
 
 

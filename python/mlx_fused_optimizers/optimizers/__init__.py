@@ -4,7 +4,8 @@ from .adafactor import Adafactor
 from .adam import Adam, Adamax, AdamW
 from .adaptive import AdaDelta, Adagrad, RMSprop
 from .ademamix import AdEMAMix
-from .base import FusedOptimizer, Optimizer
+from .base import Optimizer
+from .fused import FusedOptimizer
 from .lion import Lion
 from .multi import MultiOptimizer
 from .muon import Muon

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from .base import Clip, FusedOptimizer, LearningRate, as_array
+from .base import Clip, LearningRate, as_array
+from .fused import FusedOptimizer
 from .matrices import refuse_complex
 from .options import check_numbers
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.optimizers as stock
 
-from .base import FusedOptimizer, LearningRate
+from .base import LearningRate
+from .fused import FusedOptimizer
 from .options import check_betas, check_numbers
 
 if TYPE_CHECKING:

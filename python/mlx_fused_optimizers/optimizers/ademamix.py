@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .base import FusedOptimizer, LearningRate
+from .base import LearningRate
+from .fused import FusedOptimizer
 from .options import check_betas, check_numbers
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from .base import FUSED_DTYPES, Clip, FusedOptimizer, LearningRate, as_array
+from .base import Clip, LearningRate, as_array
+from .fused import FusedOptimizer
 from .matrices import refuse_complex
-from .options import check_numbers
+from .options import FUSED_DTYPES, check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.optimizers as stock
 
-from .base import FusedOptimizer, LearningRate
+from .base import LearningRate
+from .fused import FusedOptimizer
 from .options import check_numbers
 
 if TYPE_CHECKING:

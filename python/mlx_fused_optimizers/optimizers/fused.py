@@ -1,0 +1,428 @@
+"""The optimizers whose update is a rule: one call of the extension for all leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+from zlib import crc32
+
+import mlx.core as mx
+import mlx.optimizers as stock
+
+from .._formats import (
+    HALF_DTYPES,
+    has_shape,
+    is_error,
+    is_half,
+    kind_of,
+    master_of,
+    plain_name,
+)
+from .._kernels import kernels
+from .base import EXPLAINED, INIT, Clip, LearningRate, Optimizer, as_array, paths
+from .held import hold, hold_error, hold_zeros, release
+from .options import (
+    FUSED_DTYPES,
+    QuantizeFilter,
+    StepOptions,
+    WeightDecayFilter,
+    check_numbers,
+    warn_caller,
+    warn_of_arguments,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .._ext import Leaves
+    from .options import DecayOptions
+
+
+def _is_large(path: str, parameter: mx.array) -> bool:
+    """Whether codes are worth it; norms and biases matter most, and cost little."""
+    return parameter.size >= 4096
+
+
+class FusedOptimizer(Optimizer):
+    """An optimizer whose update is a rule of ``metal/update_rules.h``.
+
+    A class names its rule in ``rule``; the rule's hyper-parameters are attributes of
+    its instances, or what ``_hyperparameters`` returns, and the rule's states are the
+    entries of a parameter's state. One of ``mlx.optimizers`` lists upstream's class as
+    its second base, which gives the constructor's checks and ``init_single``.
+
+    Args:
+        learning_rate (float or callable): The learning rate.
+        **options: As of the optimizers of this package.
+    """
+
+    rule: ClassVar[str]
+    takes_codes: ClassVar[bool] = True
+    state_dtype: mx.Dtype | str | None = None
+    quantize_filter: QuantizeFilter | None = None
+    master_weights: str | None = None
+    stochastic_rounding: bool = False
+    weight_decay_filter: WeightDecayFilter | None = None
+    _calls: int = 0  # of steps, for _watch_precision
+    _watched: list[Any] | None = None
+
+    def __init__(
+        self, learning_rate: LearningRate, **options: Unpack[DecayOptions]
+    ) -> None:
+        stock.Optimizer.__init__(self)
+        self._maybe_schedule("learning_rate", learning_rate)
+        self._set_options(**options)
+
+    def _set_options(
+        self,
+        state_dtype: mx.Dtype | str | None = None,
+        quantize_filter: QuantizeFilter | None = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
+        weight_decay_filter: WeightDecayFilter | None = None,
+        **options: Unpack[StepOptions],
+    ) -> None:
+        self.state_dtype = state_dtype
+        self.quantize_filter = quantize_filter
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        self.weight_decay_filter = weight_decay_filter
+        self._set_step_options(**options)
+        warn_of_arguments(self)
+
+    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
+        """Fill a parameter's state.
+
+        Args:
+            parameter (array): The parameter.
+            state (dict): Gets arrays of the parameter's shape, and of its dtype or
+                ``state_dtype``; :meth:`init` brings them into codes.
+        """
+        inherited = super().init_single
+        if getattr(inherited, "__func__", None) is stock.Optimizer.init_single:
+            for key in kernels.states(self._rule()):
+                state[key] = mx.zeros_like(parameter)
+        else:
+            inherited(parameter, state)
+        self._cast_all(state)
+
+    def _shapes(self, parameter: mx.array) -> dict[str, Any]:
+        # What a subclass adds to this class's entries, or gives another shape, is its
+        # own.
+        own: dict[str, Any] = {}
+        given: dict[str, Any] = {}
+        FusedOptimizer.init_single(self, parameter, own)
+        self.init_single(parameter, given)
+        shapes = {key: x.shape for key, x in own.items() if key in given}
+        return {key: x for key, x in shapes.items() if given[key].shape == x}
+
+    def _option_state(self) -> dict[str, mx.Dtype]:
+        random = {"rounding_seed": mx.uint32} if self.stochastic_rounding else {}
+        return {**super()._option_state(), **random}
+
+    def _initial(self, leaves: Leaves) -> Any:
+        # What is in codes or has an error is of the parameters' dtypes.
+        holds = isinstance(self.state_dtype, str) or self.master_weights is not None
+        return leaves.replace(leaves.parameters) if holds else leaves.tree
+
+    def _plain_dtype(self) -> mx.Dtype | None:
+        """The dtype of states that are in no codes; None for the parameters'."""
+        if isinstance(self.state_dtype, mx.Dtype):
+            return self.state_dtype
+        holds = self.state_dtype is not None or self.master_weights is not None
+        return mx.float32 if holds else None
+
+    def _hold(
+        self,
+        path: str,
+        parameter: mx.array,
+        state: dict[str, Any],
+        is_new: bool = False,
+    ) -> None:
+        kind = self.state_dtype if isinstance(self.state_dtype, str) else None
+        if parameter.dtype not in FUSED_DTYPES:
+            kind = None
+        elif kind is not None:
+            decides = self.quantize_filter or _is_large
+            kind = kind if decides(path, parameter) else None
+        if self.takes_codes:
+            rule = self._rule()
+            was_held = is_error(state.get("error"))
+            others = [k for k in kernels.states(rule) if kind_of(state, k) != kind]
+            for key in others:
+                was_held |= kind_of(state, key) is not None
+                release(state, key, parameter.shape, rule)
+            init_single = getattr(self.init_single, "__func__", None)
+            if kind and is_new and init_single is FusedOptimizer.init_single:
+                hold_zeros(state, others, rule, kind, parameter.size)
+            else:
+                hold(state, others, rule, kind)
+            if was_held and self._plain_dtype() is None:
+                # A float32 state beside a weight of half precision would widen it.
+                for key in kernels.states(rule):
+                    state[key] = state[key].astype(parameter.dtype)
+        hold_error(state, parameter, self.master_weights)
+
+    def _cast(self, value: Any) -> Any:
+        is_moment = isinstance(value, mx.array) and value.dtype in FUSED_DTYPES
+        dtype = self._plain_dtype()
+        return value if dtype is None or not is_moment else value.astype(dtype)
+
+    def _cast_all(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            state[key] = self._cast(value)
+
+    def _rule(self) -> str:
+        """The rule's name, which may depend on arguments."""
+        return self.rule
+
+    def _hyperparameters(self) -> dict[str, Any]:
+        """The values of the rule's hyper-parameters."""
+        names = kernels.hyperparameters(self._rule())
+        return {name: getattr(self, name) for name in names}
+
+    def _sets(self, leaves: Leaves) -> tuple[list[dict[str, Any]], list[int] | None]:
+        """Sets of hyper-parameters, and which each leaf has; None if all the first."""
+        usual = self._hyperparameters()
+        if self.weight_decay_filter is None or "weight_decay" not in usual:
+            return [usual], None
+        if isinstance(leaves.tree, mx.array):  # apply_single's only one
+            return [usual], None
+        named = zip(paths(leaves.tree), leaves.parameters, strict=True)
+        decays = [bool(self.weight_decay_filter(*leaf)) for leaf in named]
+        undecayed = {**usual, "weight_decay": 0.0}
+        return [usual, undecayed], [0 if x else 1 for x in decays]
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
+    ) -> mx.array:
+        """Update one parameter and its state.
+
+        Args:
+            gradient (array): The gradient.
+            parameter (array): The parameter, of the gradient's shape.
+            state (dict): The parameter's state; gets the new arrays.
+
+        Returns:
+            array: The updated parameter.
+        """
+        leaves = kernels.Leaves(gradient, parameter, state)
+        self._update_leaves(leaves, Clip())
+        updated: mx.array = leaves.commit()
+        return updated
+
+    def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
+        self._watch_precision(leaves)
+        apply_single = getattr(self.apply_single, "__func__", None)
+        try:
+            if apply_single is not FusedOptimizer.apply_single:  # a user's own
+                self._check_states(leaves)
+                return super()._apply_leaves(leaves, clip)
+            if type(self)._update_leaves is not FusedOptimizer._update_leaves:
+                self._check_states(leaves)
+            self._update_leaves(leaves, clip)
+        except EXPLAINED as error:
+            self._explain(error, leaves)
+            raise
+        return leaves.commit()
+
+    def _check_states(self, leaves: Leaves) -> None:
+        """Find states of another shape; where a kernel reads them, it does this."""
+        shapes_of = cache(lambda shape: self._shapes(mx.zeros(shape)))
+        for gradient, parameter, state in zip(
+            leaves.gradients, leaves.parameters, leaves.states, strict=True
+        ):
+            # Gradients that broadcast make a state of their shape.
+            wanted, other = shapes_of(parameter.shape), shapes_of(gradient.shape)
+            for key, shape in wanted.items():
+                fits = (has_shape(state, key, x) for x in (shape, other[key]))
+                if not any(fits):
+                    raise ValueError(f"the state {key} has another shape than {shape}")
+
+    def _apply_one(
+        self, path: str, gradient: Any, parameter: Any, state: Any, clip: Clip
+    ) -> Any:
+        """As of all optimizers, for code that knows nothing of the options."""
+        keys = kernels.states(self._rule()) if self.takes_codes else []
+        kinds = {key: kind for key in keys if (kind := kind_of(state, key))}
+        for key in kinds:
+            release(state, key, parameter.shape, self._rule())
+        dtype = parameter.dtype
+        master = None
+        if is_error(state.get("error")) and dtype in HALF_DTYPES:
+            error = state.pop("error")
+            master = master_of(error)
+            parameter = kernels.join(parameter, error)
+        elif self.stochastic_rounding and dtype in HALF_DTYPES:
+            parameter = parameter.astype(mx.float32)
+        self._cast_all(state)
+        usual = getattr(self, "weight_decay", None)
+        decays = self.weight_decay_filter
+        try:
+            if decays is not None and not decays(path, parameter):
+                self.weight_decay = 0.0
+            updated = super()._apply_one(path, gradient, parameter, state, clip)
+        finally:
+            if usual is not None:
+                self.weight_decay = usual
+        if self._plain_dtype() is None and not self.stochastic_rounding:
+            return updated
+        self._cast_all(state)
+        for key, kind in kinds.items():
+            hold(state, [key], self._rule(), kind)
+        if master is not None:
+            updated, state["error"] = kernels.split(updated, master, dtype)
+        elif self.stochastic_rounding and dtype in HALF_DTYPES:
+            updated = kernels.round_stochastically(
+                updated.astype(mx.float32),
+                dtype,
+                self.state["rounding_seed"],
+                self.step,
+                crc32(path.encode()),
+            )
+        return updated.astype(dtype)
+
+    def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
+        """Compute what becomes of the leaves; nothing is changed yet."""
+        sets, set_of = self._sets(leaves)
+
+        def run(
+            chosen: list[int] | None = None, after: Sequence[mx.array] = ()
+        ) -> None:
+            self._run(
+                leaves,
+                self._rule(),
+                sets,
+                sets=set_of
+                if chosen is None
+                else set_of and [set_of[i] for i in chosen],
+                learning_rate=as_array(self.state.get("learning_rate")),
+                gradient_scale=clip.scale,
+                skip=clip.skip,
+                indices=chosen,
+                after=after,
+            )
+
+        if not clip.chunks:
+            run()
+        previous: list[mx.array] = []
+        for chosen, norm in clip.chunks:
+            run(chosen, [norm, *previous])
+            previous = [leaves.parameters[chosen[0]]]
+
+    def _run(
+        self, leaves: Leaves, rule: str, hyperparameters: Any, **rest: Any
+    ) -> None:
+        """Update leaves by a rule."""
+
+        def run() -> bool:
+            return leaves.update(
+                rule,
+                hyperparameters,
+                step=as_array(self.step),
+                seed=self.state.get("rounding_seed"),
+                **{"state_dtype": self._plain_dtype(), **rest},
+            )
+
+        if run():
+            return
+        for i, (parameter, state) in enumerate(
+            zip(leaves.parameters, leaves.states, strict=True)
+        ):
+            leaves.set_parameter(i, as_array(parameter))
+            for key in kernels.states(rule):
+                if key in state:
+                    state[key] = as_array(state[key])
+        if not run():
+            raise TypeError(f"[{type(self).__name__}] expected trees of arrays")
+
+    def _watch_precision(self, leaves: Leaves) -> None:
+        """Warn, once, of weights of half precision that a step does not change.
+
+        Looks at a few steps of the run, after them: that holds no array, and evaluates
+        nothing but what the step before has made.
+        """
+        self._calls += 1
+        before, self._watched = self._watched, None
+        is_due = self._calls & (self._calls - 1) == 0 and self._calls <= 1 << 12
+        if self.master_weights or self.stochastic_rounding or not (before or is_due):
+            return
+        halves = [p for p in leaves.parameters if is_half(p)]
+        if not halves or len(halves) < len(leaves):
+            return
+        try:
+            # Sums that tell the upper byte from the lower, without another array.
+            now = [
+                mx.sum(p.view(dtype)).item()
+                for p in halves
+                if p.ndim > 0
+                for dtype in (mx.uint16, mx.uint8)
+            ]
+            rate = self.state.get("learning_rate")
+            moves = rate is not None and bool(mx.any(as_array(rate) != 0).item())
+            if before == now and any(mx.any(g != 0).item() for g in leaves.gradients):
+                warn_caller(
+                    f"{type(self).__name__}: a step changed no parameter, as it is "
+                    f"below the precision of {halves[0].dtype}. Use "
+                    'master_weights="24bit" or stochastic_rounding=True'
+                )
+                self._calls = 1 << 12
+                return
+        except ValueError:  # MLX evaluates nothing inside of transformations
+            return
+        if is_due and moves:
+            self._watched = now
+
+    def _explain(self, error: Exception, leaves: Leaves) -> None:
+        """Raise a clearer error, if the leaves tell what is wrong."""
+        name = type(self).__name__
+        if "learning_rate" in self.state:
+            self._number("learning_rate", self.state["learning_rate"])
+        elif "learning_rate" in str(error) and not isinstance(error, AttributeError):
+            raise KeyError(f"[{name}] the state has no 'learning_rate'") from error
+        try:
+            check_numbers(self, **self._hyperparameters())
+        except (AttributeError, TypeError, ValueError) as cause:
+            raise cause from error
+        for path, gradient, parameter, state in zip(
+            paths(leaves.tree),
+            leaves.gradients,
+            leaves.parameters,
+            leaves.states,
+            strict=True,
+        ):
+            expected: dict[str, Any] = {}
+            if isinstance(parameter, mx.array):
+                self.init_single(parameter, expected)
+            if not {*map(plain_name, state)} >= expected.keys():
+                raise KeyError(
+                    f"[{name}] the state of '{path}' has {', '.join(state)}; expected "
+                    f"{', '.join(expected)}. Is it another optimizer's? Otherwise call "
+                    f"{INIT}"
+                ) from error
+            arrays = {
+                "parameter": parameter,
+                "gradient": gradient,
+                **{key: state[key] for key in expected if key in state},
+            }
+            for kind, array in arrays.items():
+                if not isinstance(array, mx.array):
+                    raise TypeError(
+                        f"[{name}] the {kind} of '{path}' is of type "
+                        f"{type(array).__name__}; expected an mx.array"
+                    ) from error
+            try:
+                mx.broadcast_shapes(gradient.shape, parameter.shape)
+            except ValueError:
+                raise ValueError(
+                    f"[{name}] the gradient of '{path}' has shape {gradient.shape}; "
+                    f"expected {parameter.shape}"
+                ) from error
+            for key, like in expected.items():
+                if not has_shape(state, key, like.shape):
+                    shape = getattr(state.get(key), "shape", "another")
+                    raise ValueError(
+                        f"[{name}] the {key} of '{path}' has shape {shape}; expected "
+                        f"{like.shape}. When a model has changed, call {INIT}"
+                    ) from error
