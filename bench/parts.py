@@ -90,16 +90,20 @@ TABLE = [
     ("gpt2", "AdamW"),
     ("small", "AdamW"),
 ]
+# Beside these, where no dtype is asked for.
+TABLE_OF_HALF = [("decoder", "AdamW")]
 
 
 def steps(choice: Choice) -> list[Unit]:
     pairs = TABLE
     if choice.optimizers:
         pairs = [(s, o) for o in choice.optimizers for s in SETS]
+    chosen = [(*pair, dtype) for dtype in choice.dtypes for pair in pairs]
+    if pairs == TABLE and choice.dtypes == ["float32"]:
+        chosen += [(*pair, "bfloat16") for pair in TABLE_OF_HALF]
     return [
         partial(step_row, name, optimizer, dtype, choice)
-        for dtype in choice.dtypes
-        for name, optimizer in pairs
+        for name, optimizer, dtype in chosen
         if name in choice.sets
     ]
 
@@ -217,7 +221,7 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
     kind = p.DTYPES[dtype]
     gradients = SETS["decoder"].gradients(kind)
 
-    def clip(module: Any) -> p.Step:
+    def clip(module: Any, gradients: Any = gradients) -> p.Step:
         def run() -> None:
             mx.eval(module.clip_grad_norm(gradients, 1.0))
 
@@ -233,6 +237,7 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
             "AdamW max_grad_norm": p.mlx_step(
                 optim, "AdamW", kind, gradients, options={"max_grad_norm": 1.0}
             ),
+            "clip_grad_norm, contiguous": clip(optim, p.contiguous(gradients)),
             **reading,
         },
         choice.rounds,
@@ -241,6 +246,9 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
         "dtype": dtype,
         "milliseconds": in_milliseconds(times),
         "MLX / ours": round(times.ratio("MLX clip_grad_norm", "clip_grad_norm"), 2),
+        "ours / ours on contiguous": round(
+            times.ratio("clip_grad_norm", "clip_grad_norm, contiguous"), 2
+        ),
         "cost of max_grad_norm": round(
             times.ratio("AdamW max_grad_norm", "AdamW") - 1, 3
         ),
@@ -249,6 +257,52 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
         share = times.ratio("reading alone", "AdamW")
         row["cost of reading alone"] = round(share, 3)
     return row
+
+
+# States in codes and masters, on a decoder's gradients.
+
+HELD: dict[str, tuple[str, dict[str, Any]]] = {
+    "float32": ("float32", {}),
+    "bfloat16": ("bfloat16", {}),
+    "float32, int8 states": ("float32", {"state_dtype": "int8"}),
+    "bfloat16 + 24bit, int8 states": (
+        "bfloat16",
+        {"state_dtype": "int8", "master_weights": "24bit"},
+    ),
+    "bfloat16 + 24bit, int4 states": (
+        "bfloat16",
+        {"state_dtype": "int4", "master_weights": "24bit"},
+    ),
+    "bfloat16 + 32bit, float32 states": ("bfloat16", {"master_weights": "32bit"}),
+    "bfloat16, stochastic rounding": ("bfloat16", {"stochastic_rounding": True}),
+}
+
+
+def held(choice: Choice) -> list[Unit]:
+    return [
+        partial(held_row, name, choice)
+        for name in choice.optimizers or ["AdamW", "SGD momentum", "Lion"]
+    ]
+
+
+def held_row(optimizer: str, choice: Choice) -> Row:
+    gradients = {x: SETS["decoder"].gradients(p.DTYPES[x]) for x in p.DTYPES}
+    times = interleave(
+        {
+            label: p.mlx_step(
+                optim, optimizer, p.DTYPES[dtype], gradients[dtype], options=options
+            )
+            for label, (dtype, options) in HELD.items()
+        },
+        choice.rounds,
+    )
+    return {
+        "optimizer": optimizer,
+        "milliseconds": in_milliseconds(times),
+        "ratio to float32": {
+            label: round(times.ratio(label, "float32"), 2) for label in HELD
+        },
+    }
 
 
 # Memory.
@@ -369,6 +423,7 @@ PARTS: dict[str, Callable[[Choice], list[Unit]]] = {
     "bandwidth": bandwidth,
     "growth": growth,
     "clipping": clipping,
+    "held": held,
     "memory": memory,
     "kernels": kernels,
 }

@@ -86,6 +86,7 @@ COLOURS = {
     peers.OURS_COMPILED: "#91cf60",
     peers.STOCK: "#4575b4",
     peers.STOCK_COMPILED: "#91bfdb",
+    peers.CONTIGUOUS: "#d9ef8b",
     peers.TORCH: "#f46d43",
 }
 
@@ -109,11 +110,11 @@ def charts(rows: dict[str, Rows], folder: Path) -> None:
             times = row["milliseconds"]
             for j, (label, time) in enumerate(times.items()):
                 ratio = row["ratio to ours"][label]
-                place = i + (j - 2) * 0.16
+                place = i + (j - 2.5) * 0.14
                 pyplot.barh(
                     place,
                     ratio,
-                    0.16,
+                    0.14,
                     color=COLOURS[label],
                     label=label if i == 0 else None,
                 )
@@ -124,7 +125,7 @@ def charts(rows: dict[str, Rows], folder: Path) -> None:
         pyplot.xscale("log")
         pyplot.margins(x=0.15)
         pyplot.legend(
-            fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.05), ncols=5
+            fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.05), ncols=6
         )
         save("steps", "Time of a step, relative to ours (log scale; less is better)")
     if found := rows.get("bandwidth"):
