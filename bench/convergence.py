@@ -365,7 +365,15 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
-    add("--modes", nargs="+", choices=MODES, default=[*MODES], metavar="MODE")
+    names = "of: " + "; ".join(MODES)
+    add(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=[*MODES],
+        metavar="MODE",
+        help=names,
+    )
     add("--text", type=Path, default=TEXT)
     add("--width", type=int, default=128, help="of the GPT")
     add("--layers", type=int, default=3, help="of the GPT")

@@ -265,7 +265,8 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--optimizers", nargs="+", choices=peers.OPTIMIZERS, default=OPTIMIZERS)
-    add("--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY")
+    names = "of: " + "; ".join(WAYS)
+    add("--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY", help=names)
     add("--width", type=int, default=512, help="of the decoder")
     add("--layers", type=int, default=8, help="of the decoder")
     add("--vocabulary", type=int, default=4096, help="of the decoder")
