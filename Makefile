@@ -3,7 +3,8 @@
 # make test-plain   run the tests on plain MLX operations, without any extension
 # make metal-check  simulate the Metal kernels and cross-compile for macOS;
 #   METAL_CHECK=--without-tests where make test has run them
-# make bench        step time, bandwidth, memory, growth and convergence beside the peers
+# make bench        step time, bandwidth, memory and growth beside the peers
+# make convergence  train with each way to hold weights and states; hours without a fast BLAS
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
 # make sanitize     run the tests under the address, undefined and thread sanitizers
 # make soak    100,000 steps beside mlx.optimizers; SOAK="--steps 1000 --seed 7"
@@ -30,7 +31,7 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') $(wildcard metal/*.h metal/*.metal)
 
-.PHONY: demo test test-plain simulator metal-check bench metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
+.PHONY: demo test test-plain simulator metal-check bench convergence metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/examples
@@ -70,6 +71,8 @@ bench: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/examples
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.train_step
 	$(BIN)/python -m bench.memory
+
+convergence: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/examples
 	$(BIN)/python -m bench.convergence
 
 # -n: a reference that leads nowhere is a warning, -W: a warning an error, -E: afresh.
