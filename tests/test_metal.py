@@ -16,6 +16,7 @@ import pytest
 from conftest import SIMULATOR
 from metal_simulator import Out
 from metal_simulator.extension import extension
+from mlx_fused_optimizers._kernels import kernels
 from support import fill, random_array, snapshot, to_numpy
 
 METAL = Path(__file__).resolve().parents[1] / "metal"
@@ -129,23 +130,43 @@ def test_several_tensors_a_launch(backend: str) -> None:
 
 @simulated
 def test_more_strides_than_a_launch_can_describe(backend: str) -> None:
-    """Six gradients of 50 dimensions that cannot be merged exceed 4 KiB."""
-    shape = (2, *[1, 2] * 5, *[1] * 40, 3)
+    """24 gradients of 12 dimensions that cannot be merged, with gaps, exceed 4 KiB.
+
+    Some are copied, into memory that MLX must hold until the launch has read it.
+    """
+    shape, order = (2,) * 12, (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 11)
     rng = np.random.default_rng(0)
+    gradients = {
+        str(i): random_array(rng, (*shape[1:], 4), mx.float32)[..., ::2].transpose(
+            order
+        )
+        for i in range(24)
+    }
+    contiguous = {key: mx.contiguous(x) for key, x in gradients.items()}
+    mx.eval(gradients, contiguous)
+    metal_simulator.reset()
+    norms = [optim.clip_grad_norm(x, 1.0)[1].item() for x in (gradients, contiguous)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    copies = [x for x in metal_simulator.counters() if "copy_array" in x.kernel]
+    assert copies
     results = []
-    for strided in (True, False):
-        axes = tuple(reversed(range(len(shape))))
+    for given in (gradients, contiguous):
         optimizer = optim.SGD(0.1, momentum=0.9)
-        rng = np.random.default_rng(0)
-        gradients = {
-            str(i): random_array(rng, shape[::-1], mx.float32).transpose(axes)
-            for i in range(6)
-        }
-        if not strided:
-            gradients = {key: mx.contiguous(x) for key, x in gradients.items()}
-        parameters = {key: mx.ones(shape) for key in gradients}
-        results.append(snapshot(optimizer.apply_gradients(gradients, parameters)))
+        parameters = {key: mx.ones(shape) for key in given}
+        results.append(snapshot(optimizer.apply_gradients(given, parameters)))
     assert results[0] == results[1]
+
+
+@simulated
+@pytest.mark.parametrize("rule", ["AdamBiasCorrected", "AdaDelta", "Lion", "AdEMAMix"])
+def test_kernels_agree_in_unkind_arithmetic(backend: str, rule: str) -> None:
+    """Contraction on, a power that is off by 2^-22, subnormals flushed."""
+    single, half = mx.zeros(1), mx.zeros(1, mx.bfloat16)
+    with metal_simulator.unkind():
+        assert kernels.check_update(rule, single, single, single) is None
+        held = (half, half, single, "24bit", "int8")
+        assert kernels.check_update(rule, *held) is None
+        assert kernels.check_sums(single) is None
 
 
 FALLBACK = """

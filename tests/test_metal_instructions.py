@@ -10,7 +10,9 @@ import pytest
 
 pytest.importorskip("ziglang", reason="kernels are compiled with ziglang's clang")
 
+from bench.metal_instructions import counts, sources
 from metal_simulator import CompileError
+from metal_simulator.extension import extension
 from metal_simulator.instructions import KernelInstructions, count, table
 
 pytestmark = pytest.mark.fused
@@ -135,3 +137,13 @@ def test_table_and_command_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
     assert done.returncode == 1
     assert "own.metal:1:" in done.stderr
+
+
+@pytest.mark.skipif(extension() is None, reason="the simulator is not built")
+def test_no_kernel_of_ours_spills() -> None:
+    """Of the rule with most states, of the most used one and of Adafactor."""
+    kernels = counts(sources(["AdEMAMix", "AdamBiasCorrected", "AdafactorMatrix"]))
+    names = {kernel.kernel for kernel in kernels}
+    assert any("24bitbfloat_int8" in name and "staged" in name for name in names)
+    assert any("factored_write" in name for name in names)
+    assert {x.kernel: x.spills for x in kernels if x.spills or x.scratch} == {}

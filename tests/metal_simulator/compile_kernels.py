@@ -124,8 +124,11 @@ def compile_kernels(
 ) -> Path:
     """Returns the shared library of the kernels in `source`; `name` names its lines.
 
-    With `unkind` they do the arithmetic that a GPU may do, not that of the CPU.
+    With `unkind` they do the arithmetic that a GPU may do, not that of the CPU. A
+    folder MLX_FUSED_SIMULATOR_SOURCES gets the source as `name`.metal.
     """
+    if folder := os.environ.get("MLX_FUSED_SIMULATOR_SOURCES"):
+        Path(folder, f"{name}.metal").write_text(source)
     arithmetic = [*FLAGS, *(UNKIND_FLAGS if unkind else [])]
     flags = [*arithmetic, *include_flags(include)]
     text = preprocess(source, name, flags)
@@ -137,10 +140,10 @@ def compile_kernels(
         warning = [flag for flag in flags if flag != "-w"]
         # Made under another name: two processes may do this at once.
         with (
-            tempfile.TemporaryDirectory(dir=library.parent) as folder,
+            tempfile.TemporaryDirectory(dir=library.parent) as scratch,
             ThreadPoolExecutor(1) as pool,
         ):
-            machine = Path(folder, "kernels.so")
+            machine = Path(scratch, "kernels.so")
             # What it refuses is told before what the compiler does.
             checked = pool.submit(check, unit, [*warning, *NEWER_THAN_CPP14])
             try:
