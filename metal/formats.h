@@ -64,15 +64,18 @@ METAL_FUNC T inverse_fourth_root(T x) {
   return y * ((0.20476955f * left - 0.6551124f) * left + 1.4504113f);
 }
 
-// What encoded_signed multiplies roots with, once per block.
+// What a block's roots are multiplied with; 0 if its scale is not finite, so
+// that no code is computed of what is none.
 template <typename T, typename U>
 METAL_FUNC T stretch_signed(T scale, T most) {
-  return most * inverse_square_root<T, U>(scale);
+  return choose(
+      is_finite(scale), most * inverse_square_root<T, U>(scale), T(0));
 }
 
 template <typename T, typename U>
 METAL_FUNC T stretch_positive(T scale, T most) {
-  return most * inverse_fourth_root<T, U>(scale);
+  return choose(
+      is_finite(scale), most * inverse_fourth_root<T, U>(scale), T(0));
 }
 
 template <typename T, typename U>

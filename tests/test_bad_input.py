@@ -40,7 +40,12 @@ CONSTRUCTORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("Adam", {"weight_decay_filter": len}, TypeError, "Adam takes no weight decay"),
     ("Adam", {"max_grad_norm": -1.0}, ValueError, "max_grad_norm should be >=0, -1.0"),
     ("Muon", {"max_grad_norm": float("nan")}, ValueError, "should be >=0, nan"),
-    ("Adam", {"state_dtype": mx.int32}, ValueError, "should be float32, float16 or"),
+    (
+        "Adam",
+        {"state_dtype": mx.int32},
+        ValueError,
+        "should be float32, float16, bfloat16,",
+    ),
 ]
 
 

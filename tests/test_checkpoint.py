@@ -298,8 +298,12 @@ def test_mlx_reads_the_file(tmp_path: Path) -> None:
         "weight_decay": 0.01,
         "bias_correction": False,
         "max_grad_norm": None,
+        "clip_by_last_norm": False,
         "skip_nonfinite": False,
         "state_dtype": None,
+        "quantize_filter": None,
+        "master_weights": None,
+        "stochastic_rounding": False,
         "weight_decay_filter": None,
         "schedulers": {},
     }

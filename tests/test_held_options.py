@@ -672,3 +672,14 @@ def test_it_converges_as_in_float32() -> None:
     )
     assert abs(coded - loss) <= 0.02 * loss
     assert largest <= 4 * update
+
+
+def test_parts_of_a_multi_optimizer_round_by_bits_of_their_own() -> None:
+    mx.set_default_device(mx.cpu)
+    optimizers = [optim.SGD(1.0, stochastic_rounding=True) for _ in range(2)]
+    multi = optim.MultiOptimizer(optimizers, [lambda path, array: path == "a"])
+    zeros = {key: mx.zeros(4096, mx.bfloat16) for key in "ab"}
+    middle = {key: mx.full(4096, -(1 + 2.0**-8), mx.float32) for key in "ab"}
+    updated = multi.apply_gradients(middle, zeros)
+    equal = mx.mean(updated["a"] == updated["b"]).item()
+    assert 0.4 < equal < 0.6

@@ -64,6 +64,7 @@ class FusedOptimizer(Optimizer):
     master_weights: str | None = None
     stochastic_rounding: bool = False
     weight_decay_filter: WeightDecayFilter | None = None
+    _part: int = 0  # its number among the parts of a MultiOptimizer
     _calls: int = 0  # of steps, for _watch_precision
     _watched: list[Any] | None = None
 
@@ -277,7 +278,7 @@ class FusedOptimizer(Optimizer):
             updated = kernels.round_stochastically(
                 updated.astype(mx.float32),
                 dtype,
-                self.state["rounding_seed"],
+                self._seed(),
                 self.step,
                 crc32(path.encode()),
             )
@@ -311,6 +312,11 @@ class FusedOptimizer(Optimizer):
             run(chosen, [norm, *previous])
             previous = [leaves.parameters[chosen[0]]]
 
+    def _seed(self) -> mx.array | None:
+        """The seed of random rounding; parts of a MultiOptimizer differ in theirs."""
+        seed: mx.array | None = self.state.get("rounding_seed")
+        return seed if seed is None or self._part == 0 else seed + self._part
+
     def _run(
         self, leaves: Leaves, rule: str, hyperparameters: Any, **rest: Any
     ) -> None:
@@ -321,7 +327,7 @@ class FusedOptimizer(Optimizer):
                 rule,
                 hyperparameters,
                 step=as_array(self.step),
-                seed=self.state.get("rounding_seed"),
+                seed=self._seed(),
                 **{"state_dtype": self._plain_dtype(), **rest},
             )
 

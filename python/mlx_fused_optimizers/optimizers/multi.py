@@ -10,7 +10,8 @@ import mlx.optimizers as stock
 from mlx.utils import tree_map
 
 from .._kernels import kernels
-from .base import Clip, Optimizer, check_tree, paths, rebuilt
+from .base import Clip, Optimizer, check_tree, parts_of, paths, rebuilt
+from .fused import FusedOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,6 +61,9 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         stock.MultiOptimizer.__init__(self, optimizers, list(filters))
         self.filters = [*filters, _takes_the_rest]  # upstream's cannot be pickled
         self._set_step_options(**options)
+        parts = [o for o in parts_of(self) if isinstance(o, FusedOptimizer)]
+        for number, part in enumerate(parts):
+            part._part = number  # random bits of its own
         foreign = [o for o in optimizers if not isinstance(o, Optimizer)]
         if self.skip_nonfinite and foreign:
             raise ValueError(
