@@ -1,9 +1,10 @@
-"""Instructions and registers of our Metal kernels: ``python -m bench.metal_instructions``.
+"""What our Metal kernels consist of: ``python -m bench.metal_instructions``.
 
-Compiles the kernels of float32, and those that hold codes, masters or round at random, for
-an AMD GPU with clang: another compiler for another machine than Apple's, but it tells how
-much arithmetic an element takes, and whether a thread's variables fit into registers.
-Writes ``metal_instructions.md`` to bench/results. Exit code 1 if a kernel spills.
+Compiles the kernels of float32, and those that hold codes or masters or round at
+random, for an AMD GPU with clang: another compiler for another machine than Apple's,
+but it tells how much arithmetic an element takes, and whether a thread's variables fit
+into registers. Writes ``metal_instructions.md`` to bench/results. Exit code 1 if a
+kernel spills.
 """
 
 import argparse

@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("ziglang", reason="kernels are compiled with ziglang's clang")
 
-from bench.metal_instructions import counts, sources
 from metal_simulator import CompileError
 from metal_simulator.extension import extension
 from metal_simulator.instructions import KernelInstructions, count, table
+
+from bench.metal_instructions import counts, sources
 
 pytestmark = pytest.mark.fused
 TESTS = Path(__file__).parent

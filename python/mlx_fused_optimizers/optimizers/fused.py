@@ -278,7 +278,7 @@ class FusedOptimizer(Optimizer):
             updated = kernels.round_stochastically(
                 updated.astype(mx.float32),
                 dtype,
-                self._seed(),
+                as_array(self._seed()),
                 self.step,
                 crc32(path.encode()),
             )
