@@ -681,5 +681,5 @@ def test_parts_of_a_multi_optimizer_round_by_bits_of_their_own() -> None:
     zeros = {key: mx.zeros(4096, mx.bfloat16) for key in "ab"}
     middle = {key: mx.full(4096, -(1 + 2.0**-8), mx.float32) for key in "ab"}
     updated = multi.apply_gradients(middle, zeros)
-    equal = mx.sum(updated["a"] == updated["b"]).item()
-    assert 1600 < int(equal) < 2500
+    a, b = (np.array(updated[key].astype(mx.float32)) for key in "ab")
+    assert 0.4 < np.mean(a == b) < 0.6
