@@ -6,11 +6,17 @@ import mlx.core as mx
 import mlx.optimizers as stock
 
 from ._kernels import kernels
-from .optimizers.base import measure
+from .optimizers.base import measure, paths
 from .optimizers.options import FUSED_DTYPES, check_limit
+from .shards import Sharded, shards_of_arguments
 
 
-def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.array]:
+def clip_grad_norm(
+    grads: Any,
+    max_norm: float | mx.array,
+    group: mx.distributed.Group | None = None,
+    sharded: Sharded | None = None,
+) -> tuple[Any, mx.array]:
     r"""Clips the global norm of the gradients.
 
     .. math::
@@ -30,6 +36,12 @@ def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.arra
             bfloat16 are fused; trees with integers take the path of
             ``mlx.optimizers``.
         max_norm (float): The largest norm :math:`c` that passes unscaled.
+        group (mx.distributed.Group, optional): The ranks of which each has a shard of
+            the gradients; the norm is then that of all. Default: all ranks, if
+            ``sharded`` is given
+        sharded (collection or callable, optional): The paths of the shards, or
+            ``(path, array) -> bool``; the other gradients are whole on each rank.
+            Default: all, if ``group`` is given
 
     Returns:
         (dict, array): The gradients, scaled if their norm exceeds ``max_norm``, in
@@ -50,7 +62,10 @@ def clip_grad_norm(grads: Any, max_norm: float | mx.array) -> tuple[Any, mx.arra
     if not dtypes or any(x not in (*FUSED_DTYPES, mx.complex64) for x in dtypes):
         clipped, norm = stock.clip_grad_norm(grads, max_norm)
         return clipped, norm
-    norm, factor = measure(leaves.gradients, max_norm)
+    names = paths(leaves.tree)
+    pairs = [*zip(names, leaves.gradients, strict=True)]
+    shards = shards_of_arguments(pairs, group, sharded)
+    norm, factor = measure(leaves.gradients, max_norm, names, shards)
     if dtypes == [mx.bfloat16]:
         norm = norm.astype(mx.bfloat16)
     return leaves.replace(kernels.scale(leaves.gradients, factor)), norm

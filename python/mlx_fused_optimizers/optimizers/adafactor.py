@@ -70,6 +70,7 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
     """
 
     takes_codes = False
+    takes_whole = True
 
     def __init__(
         self,

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as stock
@@ -14,6 +15,14 @@ from mlx.utils import tree_flatten
 
 from .._formats import has_shape
 from .._kernels import kernels
+from ..shards import (
+    Sharded,
+    Shards,
+    by_group,
+    joint_norms,
+    shards_of_arguments,
+    shards_of_model,
+)
 from .options import FUSED_DTYPES, OPTIONS, StepOptions, documented, warn_caller
 
 if TYPE_CHECKING:
@@ -22,6 +31,8 @@ if TYPE_CHECKING:
     from .._ext import Leaves
 
 INIT = "optimizer.init(model.trainable_parameters())"
+
+NO_SHARDS: Shards = MappingProxyType({})
 
 # Leaves and elements that are measured together where updates wait for no others.
 CHUNK, FULL = 6, 1 << 16
@@ -80,13 +91,22 @@ def check_given(argument: str, tree: Any) -> None:
 
 
 def measure(
-    gradients: list[mx.array], max_norm: float | mx.array
+    gradients: list[mx.array],
+    max_norm: float | mx.array,
+    names: Sequence[str] = (),
+    shards: Shards = NO_SHARDS,
 ) -> tuple[mx.array, mx.array]:
     """The global norm of arrays of any dtypes, and the factor that clips it.
 
     That of complex numbers is the norm of their magnitudes. Beside a float64 gradient
-    both are float64: its range is not float32's.
+    both are float64: its range is not float32's. Of what is a shard all ranks' parts
+    count, of the rest one rank's.
     """
+    if shards:
+        whole, parts = by_group(names, shards)
+        ours, _ = measure([gradients[i] for i in whole], max_norm)
+        norms = [(x, measure([gradients[i] for i in y], max_norm)[0]) for x, y in parts]
+        return measure([ours, *joint_norms(norms, ours)], max_norm)
     if any(g.dtype == mx.float64 for g in gradients):
         return _measure_double(gradients, max_norm)
     if any(g.dtype not in FUSED_DTYPES for g in gradients):
@@ -134,6 +154,8 @@ class Optimizer(stock.Optimizer):
         TypeError, ValueError: If an option is of the wrong type or out of range.
     """
 
+    # Whether a rule needs whole parameters, and not the shards that a rank has.
+    takes_whole: ClassVar[bool] = False
     max_grad_norm: float | None = None
     clip_by_last_norm: bool = False
     skip_nonfinite: bool = False
@@ -394,16 +416,30 @@ class Optimizer(stock.Optimizer):
         if apply_gradients is not Optimizer.apply_gradients:  # a user's own
             model.update(self.apply_gradients(gradients, model))
             return
+        shards = self._shards_of_model(model, gradients)
         with self._restored_on_error(model, gradients):
-            model.update(self._step(gradients, model, None))
+            model.update(self._step(gradients, model, None, shards))
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    def apply_gradients(
+        self,
+        gradients: Any,
+        parameters: Any,
+        group: mx.distributed.Group | None = None,
+        sharded: Sharded | None = None,
+    ) -> Any:
         """Apply the gradients to the parameters and return the updated parameters.
 
         Args:
             gradients (dict): A Python tree of gradients.
             parameters (dict): A Python tree of parameters. It can be a superset of
                 the gradients.
+            group (mx.distributed.Group, optional): The ranks of which each has a shard
+                of the parameters, so that norms and skips are those of all of them.
+                :meth:`update` finds it by the model's modules. Default: all ranks, if
+                ``sharded`` is given
+            sharded (collection or callable, optional): The paths of the shards, or
+                ``(path, array) -> bool``; the other parameters are whole on each rank.
+                Default: all, if ``group`` is given
 
         Returns:
             dict: The updated parameters, in a tree of the gradients' structure.
@@ -411,15 +447,18 @@ class Optimizer(stock.Optimizer):
         Raises:
             KeyError: If a gradient has no parameter or no state.
             TypeError: If ``gradients`` is no dict, or a gradient or parameter no array.
-            ValueError: If shapes do not fit, or a schedule gives no scalar.
+            ValueError: If shapes do not fit, a schedule gives no scalar, or the rule
+                needs whole matrices and gets shards.
             RuntimeError: As in :meth:`update`.
         """
         check_given("parameters", parameters)
         check_tree("gradients", gradients)
+        flat: Any = tree_flatten(gradients) if group or sharded is not None else []
+        shards = shards_of_arguments(flat, group, sharded)
         undo = self._remember()
         try:
             # Returned from here, so that no interrupt falls behind the guard.
-            return self._step(gradients, parameters, None)
+            return self._step(gradients, parameters, None, shards)
         except BaseException:
             undo()
             raise
@@ -447,12 +486,39 @@ class Optimizer(stock.Optimizer):
 
         return undo
 
-    def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
+    def _shards_of_model(self, model: Any, gradients: Any) -> Shards:
+        """The model's shards, if a part of this optimizer has to know of them."""
+        is_needed = any(
+            isinstance(part, Optimizer) and (part.takes_whole or part._needs_norm())
+            for part in parts_of(self)
+        )
+        return shards_of_model(model, gradients) if is_needed else {}
+
+    def _check_shards(self, leaves: Leaves, shards: Shards) -> None:
+        """Refuse shards of what must be whole: others would compute something else."""
+        if not self.takes_whole or not shards:
+            return
+        for path in paths(leaves.tree):
+            if path in shards:
+                raise ValueError(
+                    f"[{type(self).__name__}] '{path}' is a shard, of which "
+                    f"{shards[path].size()} ranks have one each; expected whole "
+                    "parameters. Leave it to another optimizer, as with MultiOptimizer"
+                )
+
+    def _step(
+        self,
+        gradients: Any,
+        parameters: Any,
+        clip: Clip | None,
+        shards: Shards = NO_SHARDS,
+    ) -> Any:
         """One step; clip is given where it was measured over more than these."""
         if not self._initialized:
             self.init(self._initial(kernels.Leaves(gradients, parameters)))
         self._set_option_state()
         leaves = kernels.Leaves(gradients, parameters, self.state)
+        self._check_shards(leaves, shards)
         if "step" not in self.state:
             raise KeyError(
                 f"[{type(self).__name__}] the state has no 'step'; was a part of a "
@@ -462,7 +528,7 @@ class Optimizer(stock.Optimizer):
         for name, schedule in self._schedulers.items():
             self.state[name] = self._scheduled(name, schedule(self.step))
         if clip is None:
-            clip = self._measure(leaves)
+            clip = self._measure(leaves, shards)
             self._record(clip)
         step = self.step + 1
         if clip.skip is not None:
@@ -492,13 +558,15 @@ class Optimizer(stock.Optimizer):
         if clip.skip is not None:
             state["skipped_steps"] = state["skipped_steps"] + clip.skip
 
-    def _measure(self, leaves: Leaves) -> Clip:
+    def _measure(self, leaves: Leaves, shards: Shards) -> Clip:
         if not self._needs_norm():
             return Clip()
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        if self.clip_by_last_norm:
+        if self.clip_by_last_norm and not shards:
             return self._measure_in_chunks(leaves, limit)
-        norm, factor = measure(leaves.gradients, limit)
+        norm, factor = measure(leaves.gradients, limit, paths(leaves.tree), shards)
+        if self.clip_by_last_norm:
+            factor = mx.minimum(limit / (self.state["grad_norm"] + 1e-6), 1.0)
         if factor.dtype == mx.float64:
             # The kernels' factor is a float32, whose range may not hold it.
             for i, gradient in enumerate(leaves.gradients):

@@ -10,7 +10,16 @@ import mlx.optimizers as stock
 from mlx.utils import tree_map
 
 from .._kernels import kernels
-from .base import Clip, Optimizer, check_tree, parts_of, paths, rebuilt
+from ..shards import Shards
+from .base import (
+    NO_SHARDS,
+    Clip,
+    Optimizer,
+    check_tree,
+    parts_of,
+    paths,
+    rebuilt,
+)
 from .fused import FusedOptimizer
 
 if TYPE_CHECKING:
@@ -161,12 +170,20 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
     def _split_dictionary(self, gradients: Any) -> list[Any]:
         return self._split(gradients, self._chosen(kernels.Leaves(gradients)))
 
-    def _step(self, gradients: Any, parameters: Any, clip: Clip | None) -> Any:
+    def _step(
+        self,
+        gradients: Any,
+        parameters: Any,
+        clip: Clip | None,
+        shards: Shards = NO_SHARDS,
+    ) -> Any:
         leaves = kernels.Leaves(gradients)
         is_outermost = clip is None
         if clip is None:
             self._set_option_state()
-            clip = self._measure(leaves)._replace(chunks=())  # parts have others
+            clip = self._measure(leaves, shards)._replace(
+                chunks=()
+            )  # parts have others
             gradients = leaves.replace(leaves.gradients)  # scaled, if in float64
         chosen = self._chosen(leaves)
         parts = self._split(gradients, chosen)
@@ -176,7 +193,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
                 self.init(gradients)
         results = []
         for optimizer, part in zip(self.optimizers, parts, strict=True):
-            updated = self._part(optimizer, part, parameters, clip)
+            updated = self._part(optimizer, part, parameters, clip, shards)
             # In the gradients' order, whatever order a user's class returns.
             results.append(iter(kernels.Leaves(part, updated).parameters))
         if is_outermost:
@@ -184,26 +201,37 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         return leaves.replace([next(results[i]) for i in chosen])
 
     def _part(
-        self, optimizer: stock.Optimizer, gradients: Any, parameters: Any, clip: Clip
+        self,
+        optimizer: stock.Optimizer,
+        gradients: Any,
+        parameters: Any,
+        clip: Clip,
+        shards: Shards,
     ) -> Any:
         """A part's step, of gradients that the whole scales and may skip."""
-        if clip.norm is None:
-            return optimizer.apply_gradients(gradients, parameters)
         own = getattr(optimizer.apply_gradients, "__func__", None)
+
+        def apply(gradients: Any) -> Any:
+            if isinstance(optimizer, Optimizer) and own is Optimizer.apply_gradients:
+                return optimizer._step(gradients, parameters, None, shards)
+            return optimizer.apply_gradients(gradients, parameters)
+
+        if clip.norm is None:
+            return apply(gradients)
         if (
             isinstance(optimizer, Optimizer)
             and own is Optimizer.apply_gradients
             and not optimizer._needs_norm()
         ):
-            return optimizer._step(gradients, parameters, clip)
+            return optimizer._step(gradients, parameters, clip, shards)
         if clip.scale is not None:
             gradients = tree_map(lambda g: (g * clip.scale).astype(g.dtype), gradients)
         if clip.skip is None:
-            return optimizer.apply_gradients(gradients, parameters)
+            return apply(gradients)
         if not optimizer._initialized:
             optimizer.init(gradients)
         before = tree_map(lambda x: x, optimizer.state)  # in containers of its own
-        updated = optimizer.apply_gradients(gradients, parameters)
+        updated = apply(gradients)
         _keep_where(clip.skip, before, optimizer.state)
         leaves = kernels.Leaves(updated, parameters)
         pairs = zip(leaves.parameters, leaves.gradients, strict=True)

@@ -121,6 +121,7 @@ class Muon(FusedOptimizer, stock.Muon):
         self._set_options(**options)
 
     rule = "MuonMoment"
+    takes_whole = True
     ns_coefficients: Triple | Sequence[Triple] | str = JORDAN
 
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
