@@ -81,9 +81,10 @@ def train(kind: str, optimizer: Any, compiled: bool, nan_at: int | None) -> Any:
     optimizer.init(model.trainable_parameters())
 
     def loss(m: nn.Module, x: mx.array) -> mx.array:
-        return mx.square(m(x) - 1).mean()
+        value: mx.array = mx.square(m(x) - 1).mean()
+        return value
 
-    def step(x: mx.array, poison: mx.array) -> mx.array:
+    def step(x: mx.array, poison: mx.array) -> Any:
         value, gradients = nn.value_and_grad(model, loss)(model, x)
         # Of the first rank's alone, and there of a shard.
         first: Any = gradients["layers"][0]

@@ -127,7 +127,9 @@ class Reversed(optim.SGD):
 
     calls = 0
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    def apply_gradients(  # type: ignore[override]
+        self, gradients: Any, parameters: Any
+    ) -> Any:
         self.calls += 1
         return super().apply_gradients(tree_map(lambda g: -g, gradients), parameters)
 
@@ -142,7 +144,9 @@ class Counting(optim.Optimizer):
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         state["v"] = mx.zeros_like(parameter)
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    def apply_gradients(  # type: ignore[override]
+        self, gradients: Any, parameters: Any
+    ) -> Any:
         if not self._initialized:
             self.init(gradients)
         for g in leaves_of(gradients).values():
