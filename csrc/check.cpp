@@ -21,8 +21,8 @@ namespace mlx_fused {
 namespace {
 
 // Sizes that meet each path: a lone element, a tail, several tiles, strides;
-// blocks of transposed matrices, with vectors and without, and with whole blocks
-// of codes.
+// blocks of transposed matrices, with vectors and without, and with whole
+// blocks of codes.
 const std::vector<mx::Shape> check_shapes = {{7},      {70, 192},   {9001},
                                              {66, 18}, {2, 20, 24}, {1}};
 // The same for Adafactor's matrices: one tile and several, rows that are walked
