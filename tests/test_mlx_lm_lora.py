@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.optimizers as stock
+import mlx_fused_optimizers as optim
 import pytest
 
 pytest.importorskip("mlx_lm")  # needs Python 3.11
@@ -40,6 +41,38 @@ def test_losses_agree_and_fall(tmp_path: Path) -> None:
     assert after < before - 1
     assert re.search(r"^largest difference: \d\.\de[+-]\d\d$", table, re.M)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_full", [False, True], ids=["adapters", "full"])
+def test_states_in_codes_lose_nothing(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, is_full: bool
+) -> None:
+    """Adapters, and fine-tuning of all of the model: losses within 1 %."""
+    make_model = script.make_model
+
+    def make_unfrozen() -> Any:
+        model = make_model()
+        model.unfreeze()
+        return model
+
+    if is_full:
+        monkeypatch.setattr(script, "make_model", make_unfrozen)
+
+    def in_codes(learning_rate: float, **options: Any) -> stock.Optimizer:
+        def is_worth_it(path: str, array: Any) -> bool:
+            return bool(array.ndim == 2)
+
+        return optim.AdamW(
+            learning_rate, state_dtype="int8", quantize_filter=is_worth_it, **options
+        )
+
+    lines = script.TEXT.splitlines()
+    held = SimpleNamespace(__name__="in codes", AdamW=in_codes)
+    reference, losses = (script.fine_tune(x, lines, 40, 0) for x in (optim, held))
+    for kind in ("train", "validation"):
+        wanted, found = getattr(reference, kind), getattr(losses, kind)
+        assert found == pytest.approx(wanted, rel=0.01)
+    assert losses.validation != reference.validation
 
 
 def test_a_disagreement_is_an_error(
