@@ -210,6 +210,35 @@ def graph_cost(count: int, rounds: int) -> float:
     return round(1e6 * times.median("split") / count, 2)
 
 
+# Sizes from small tensors, which share a primitive, to large ones, each its own.
+
+SIZES = [1 << exponent for exponent in range(10, 21)]
+SIZED = 64  # tensors
+
+
+def sizes(choice: Choice) -> list[Unit]:
+    return [partial(size_row, size, choice) for size in SIZES]
+
+
+def size_row(size: int, choice: Choice) -> Row:
+    gradients = tensors([(size,)] * SIZED, mx.float32)
+    steps = {
+        label: p.mlx_step(module, "AdamW", mx.float32, gradients, compiled)
+        for label, module, compiled in (
+            (p.OURS, optim, False),
+            (p.STOCK, stock, False),
+            (p.STOCK_COMPILED, stock, True),
+        )
+    }
+    times = interleave(steps, choice.rounds)
+    return {
+        "elements": size,
+        "microseconds a tensor": {
+            label: round(1e6 * times.median(label) / SIZED, 2) for label in steps
+        },
+    }
+
+
 # Clipping by global norm.
 
 
@@ -422,6 +451,7 @@ PARTS: dict[str, Callable[[Choice], list[Unit]]] = {
     "steps": steps,
     "bandwidth": bandwidth,
     "growth": growth,
+    "sizes": sizes,
     "clipping": clipping,
     "held": held,
     "memory": memory,

@@ -143,6 +143,21 @@ def charts(rows: dict[str, Rows], folder: Path) -> None:
         pyplot.ylabel("GB/s")
         pyplot.legend(fontsize=8)
         save("bandwidth", "AdamW's memory traffic against the limit")
+    if found := rows.get("sizes"):
+        pyplot.figure(figsize=(7, 4))
+        for label in found[0]["microseconds a tensor"]:
+            points = [
+                (row["elements"], row["microseconds a tensor"][label]) for row in found
+            ]
+            pyplot.plot(
+                *zip(*points, strict=True), "o-", color=COLOURS[label], label=label
+            )
+        pyplot.xscale("log", base=2)
+        pyplot.yscale("log")
+        pyplot.xlabel("elements of each of 64 tensors")
+        pyplot.ylabel("microseconds a tensor")
+        pyplot.legend(fontsize=8)
+        save("sizes", "Cost of a tensor against its size, AdamW")
     if found := rows.get("growth"):
         pyplot.figure(figsize=(7, 4))
         for label in found[0]["microseconds a tensor"]:
