@@ -317,7 +317,11 @@ def _configuration(optimizer: stock.Optimizer) -> Any:
 def _describe(value: Any) -> Any:
     """What stands for a value that JSON has no type for."""
     if isinstance(value, stock.Optimizer):
-        public = {k: v for k, v in vars(value).items() if not k.startswith("_")}
+        public = {
+            k: v
+            for k, v in vars(value).items()
+            if not k.startswith("_") and k != "groups"  # code
+        }
         return {
             "class": type(value).__name__,
             **public,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from .base import Clip, LearningRate, as_array
+from .base import Clip, LearningRate
 from .fused import FusedOptimizer
 from .matrices import refuse_complex
 from .options import check_numbers
@@ -106,6 +106,9 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         )
         self._set_options(**options)
 
+    def _rule(self) -> str:
+        return "Adafactor" if self.beta_1 is None else "AdafactorWithMoment"
+
     def _hyperparameters(self) -> dict[str, Any]:
         eps, least_scale = self.eps
         return {
@@ -127,7 +130,9 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         chosen = [i for i, p in enumerate(parameters) if getattr(p, "size", 1) > 0]
         is_matrix = [getattr(p, "ndim", 0) >= 2 for p in parameters]
         sets, set_of = self._sets(leaves)
-        rate = mx.array(0.0) if self.relative_step else as_array(self.learning_rate)
+        group_of = self._groups_of(leaves)
+        usual = mx.array(0.0) if self.relative_step else self.learning_rate
+        rates = self._rates(usual, group_of)
         for kind in ("Matrix", "Vector"):
             indices = [i for i in chosen if is_matrix[i] == (kind == "Matrix")]
             if indices:
@@ -136,7 +141,10 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
                     f"Adafactor{kind}{'' if self.beta_1 is None else 'WithMoment'}",
                     sets,
                     sets=None if set_of is None else [set_of[i] for i in indices],
-                    learning_rate=rate,
+                    learning_rate=rates
+                    if group_of is None
+                    else rates[mx.array(indices)],
+                    per_tensor=group_of is not None,
                     gradient_scale=clip.scale,
                     skip=clip.skip,
                     indices=indices,

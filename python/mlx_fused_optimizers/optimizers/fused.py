@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 from zlib import crc32
@@ -24,6 +25,8 @@ from .base import EXPLAINED, INIT, Clip, LearningRate, Optimizer, as_array, path
 from .held import hold, hold_error, hold_zeros, release
 from .options import (
     FUSED_DTYPES,
+    OPTIONS,
+    Groups,
     QuantizeFilter,
     StepOptions,
     WeightDecayFilter,
@@ -63,6 +66,7 @@ class FusedOptimizer(Optimizer):
     quantize_filter: QuantizeFilter | None = None
     master_weights: str | None = None
     stochastic_rounding: bool = False
+    groups: Groups | None = None
     weight_decay_filter: WeightDecayFilter | None = None
     _part: int = 0  # its number among the parts of a MultiOptimizer
     _calls: int = 0  # of steps, for _watch_precision
@@ -81,6 +85,7 @@ class FusedOptimizer(Optimizer):
         quantize_filter: QuantizeFilter | None = None,
         master_weights: str | None = None,
         stochastic_rounding: bool = False,
+        groups: Groups | None = None,
         weight_decay_filter: WeightDecayFilter | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
@@ -88,6 +93,7 @@ class FusedOptimizer(Optimizer):
         self.quantize_filter = quantize_filter
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
+        self.groups = groups
         self.weight_decay_filter = weight_decay_filter
         self._set_step_options(**options)
         warn_of_arguments(self)
@@ -183,17 +189,73 @@ class FusedOptimizer(Optimizer):
         names = kernels.hyperparameters(self._rule())
         return {name: getattr(self, name) for name in names}
 
+    def _group_arguments(self) -> set[str]:
+        """What a group may set: the arguments of the rule."""
+        public = {name for name in vars(self) if not name.startswith("_")}
+        return (public - OPTIONS.keys()) | {"learning_rate"}
+
+    def _group_of(self, path: str, parameter: Any) -> int:
+        """The number of the group that takes a parameter; 0 if none does."""
+        for number, (takes, _) in enumerate(self.groups or (), 1):
+            if takes(path, parameter):
+                return number
+        return 0
+
+    def _group_values(self, number: int) -> dict[str, Any]:
+        """The arguments that a group sets, those of this step."""
+        if number == 0:
+            return {}
+        _, values = (self.groups or ())[number - 1]
+        # As the optimizer's own schedules, before the step was counted.
+        step = mx.maximum(as_array(self.step), 1) - 1
+        return {
+            name: self._scheduled(name, value(step)) if callable(value) else value
+            for name, value in values.items()
+        }
+
+    def _groups_of(self, leaves: Leaves) -> list[int] | None:
+        """The group of each leaf; None if there are none."""
+        if not self.groups or isinstance(leaves.tree, mx.array):
+            return None
+        named = zip(paths(leaves.tree), leaves.parameters, strict=True)
+        return [self._group_of(*leaf) for leaf in named]
+
+    def _rates(self, usual: Any, group_of: list[int] | None) -> Any:
+        """The learning rate, or that of each leaf where groups set others."""
+        rate = as_array(usual)
+        if group_of is None:
+            return rate
+        values = map(self._group_values, range(len(self.groups or ()) + 1))
+        rates = [as_array(x.get("learning_rate", rate)) for x in values]
+        return mx.stack([x.astype(mx.float32) for x in rates])[mx.array(group_of)]
+
     def _sets(self, leaves: Leaves) -> tuple[list[dict[str, Any]], list[int] | None]:
         """Sets of hyper-parameters, and which each leaf has; None if all the first."""
         usual = self._hyperparameters()
-        if self.weight_decay_filter is None or "weight_decay" not in usual:
-            return [usual], None
-        if isinstance(leaves.tree, mx.array):  # apply_single's only one
-            return [usual], None
+        group_of = self._groups_of(leaves)
+        sets = [usual]
+        for number in range(1, len(self.groups or ()) + 1 if group_of else 1):
+            view = copy(self)
+            for name, value in self._group_values(number).items():
+                if name != "learning_rate":
+                    setattr(view, name, value)
+            if view._rule() != self._rule():
+                raise ValueError(
+                    f"[{type(self).__name__}] group {number} would need another "
+                    "kernel; use MultiOptimizer"
+                )
+            sets.append(view._hyperparameters())
+        decays = self.weight_decay_filter
+        is_single = isinstance(leaves.tree, mx.array)  # apply_single's only one
+        if decays is None or "weight_decay" not in usual or is_single:
+            return sets, group_of
         named = zip(paths(leaves.tree), leaves.parameters, strict=True)
-        decays = [bool(self.weight_decay_filter(*leaf)) for leaf in named]
-        undecayed = {**usual, "weight_decay": 0.0}
-        return [usual, undecayed], [0 if x else 1 for x in decays]
+        undecayed = [{**values, "weight_decay": 0.0} for values in sets]
+        chosen = group_of or [0] * len(leaves)
+        return [*sets, *undecayed], [
+            number if decays(*leaf) else number + len(sets)
+            for number, leaf in zip(chosen, named, strict=True)
+        ]
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
@@ -258,15 +320,24 @@ class FusedOptimizer(Optimizer):
         elif self.stochastic_rounding and dtype in HALF_DTYPES:
             parameter = parameter.astype(mx.float32)
         self._cast_all(state)
-        usual = getattr(self, "weight_decay", None)
+        values = self._group_values(self._group_of(path, parameter))
         decays = self.weight_decay_filter
+        if decays is not None and not decays(path, parameter):
+            values["weight_decay"] = 0.0
+        rate = self.state.get("learning_rate")
+        before = {k: getattr(self, k) for k in values.keys() - {"learning_rate"}}
         try:
-            if decays is not None and not decays(path, parameter):
-                self.weight_decay = 0.0
+            for name, value in values.items():
+                if name == "learning_rate":
+                    self.state[name] = as_array(value)
+                else:
+                    setattr(self, name, value)
             updated = super()._apply_one(path, gradient, parameter, state, clip)
         finally:
-            if usual is not None:
-                self.weight_decay = usual
+            for name, value in before.items():
+                setattr(self, name, value)
+            if rate is not None:
+                self.state["learning_rate"] = rate
         if self._plain_dtype() is None and not self.stochastic_rounding:
             return updated
         self._cast_all(state)
@@ -287,6 +358,8 @@ class FusedOptimizer(Optimizer):
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
         """Compute what becomes of the leaves; nothing is changed yet."""
         sets, set_of = self._sets(leaves)
+        group_of = self._groups_of(leaves)
+        rates = self._rates(self.state.get("learning_rate"), group_of)
 
         def run(
             chosen: list[int] | None = None, after: Sequence[mx.array] = ()
@@ -298,7 +371,10 @@ class FusedOptimizer(Optimizer):
                 sets=set_of
                 if chosen is None
                 else set_of and [set_of[i] for i in chosen],
-                learning_rate=as_array(self.state.get("learning_rate")),
+                learning_rate=rates
+                if chosen is None or group_of is None
+                else rates[mx.array(chosen)],
+                per_tensor=group_of is not None,
                 gradient_scale=clip.scale,
                 skip=clip.skip,
                 indices=chosen,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.optimizers as stock
 
-from .base import Clip, LearningRate, as_array
+from .base import Clip, LearningRate
 from .fused import FusedOptimizer
 from .matrices import refuse_complex
 from .options import FUSED_DTYPES, check_numbers
@@ -136,7 +136,8 @@ class Muon(FusedOptimizer, stock.Muon):
             decays *= len(parameters)
         if self.decoupled_weight_decay:
             sets = [{**values, "weight_decay": 0.0} for values in sets]
-        rate = as_array(self.state["learning_rate"])
+        group_of = self._groups_of(leaves)
+        rates = self._rates(self.state["learning_rate"], group_of)
         # The iterations need many times a matrix' memory: a batch begins when the one
         # before has ended. Gradients are ready from the last layer to the first.
         after: list[mx.array] = []
@@ -173,7 +174,8 @@ class Muon(FusedOptimizer, stock.Muon):
                 "SGD",
                 decay,
                 sets=[*range(len(batch))],
-                learning_rate=rate * mx.array(stretches),
+                learning_rate=(rates if group_of is None else rates[mx.array(batch)])
+                * mx.array(stretches),
                 per_tensor=True,
                 skip=clip.skip,
                 indices=batch,

@@ -10,7 +10,7 @@ import copyreg
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ FUSED_DTYPES = (mx.float32, *HALF_DTYPES)
 
 WeightDecayFilter = Callable[[str, mx.array], bool]
 QuantizeFilter = Callable[[str, mx.array], bool]
+Groups = Sequence[tuple[Callable[[str, mx.array], bool], dict[str, Any]]]
 
 
 class StepOptions(TypedDict, total=False):
@@ -38,6 +39,7 @@ class FusedOptions(StepOptions, total=False):
     quantize_filter: QuantizeFilter | None
     master_weights: str | None
     stochastic_rounding: bool
+    groups: Groups | None
 
 
 class DecayOptions(FusedOptions, total=False):
@@ -149,6 +151,29 @@ def _check_one_rounding(master_weights: Any, stochastic_rounding: Any) -> None:
         )
 
 
+def _check_groups(optimizer: Any, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(
+            f"groups is of type {type(value).__name__}; expected a list of pairs of a "
+            "filter and a dict"
+        )
+    for group in value:
+        is_pair = isinstance(group, Sequence) and len(group) == 2
+        if not (is_pair and callable(group[0]) and isinstance(group[1], dict)):
+            raise TypeError(
+                f"groups has {group!r}; expected pairs of a filter, which takes a path "
+                "and an array, and a dict of arguments"
+            )
+        unknown = group[1].keys() - optimizer._group_arguments()
+        if unknown:
+            raise ValueError(
+                f"groups sets {', '.join(sorted(unknown))}; {type(optimizer).__name__} "
+                f"has {', '.join(sorted(optimizer._group_arguments()))}"
+            )
+
+
 def _check_quantize_filter(optimizer: Any, value: Any) -> None:
     if value is not None and not callable(value):
         raise TypeError(
@@ -237,6 +262,15 @@ stochastic_rounding (bool, optional): Round parameters of half precision up or
     from the entry ``rounding_seed`` of the state and the step.
     Default: ``False``""",
         _check_stochastic_rounding,
+    ),
+    "groups": Option(
+        None,
+        """\
+groups (list, optional): Pairs of a filter ``(path, array) -> bool`` and a dict of
+    arguments such as ``learning_rate``, ``weight_decay`` or ``betas`` that
+    hold for the parameters it takes; the first that takes one counts. A value
+    may be a schedule. It costs no launch. Default: ``None``""",
+        _check_groups,
     ),
     "weight_decay_filter": Option(
         None,
