@@ -62,8 +62,9 @@ def clip_grad_norm(
     if not dtypes or any(x not in (*FUSED_DTYPES, mx.complex64) for x in dtypes):
         clipped, norm = stock.clip_grad_norm(grads, max_norm)
         return clipped, norm
-    names = paths(leaves.tree)
-    pairs = [*zip(names, leaves.gradients, strict=True)]
+    is_whole = group is None and sharded is None
+    names = [] if is_whole else paths(leaves.tree)
+    pairs = [*zip(names, leaves.gradients, strict=not is_whole)]
     shards = shards_of_arguments(pairs, group, sharded)
     norm, factor = measure(leaves.gradients, max_norm, names, shards)
     if dtypes == [mx.bfloat16]:

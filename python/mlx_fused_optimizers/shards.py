@@ -13,35 +13,34 @@ Shards = Mapping[str, mx.distributed.Group]
 # Paths, or which paths and arrays.
 Sharded = Collection[str] | Callable[[str, mx.array], bool]
 
-# MLX 0.31.2 has none.
-_FULLY_SHARDED = getattr(layers, "FullyShardedModule", ())
+_SHARDED = (
+    layers.AllToShardedLinear,
+    layers.ShardedToAllLinear,
+    *filter(None, [getattr(layers, "FullyShardedModule", None)]),  # not in 0.31.2
+)
 
 
 def shards_of_model(model: Any, gradients: Any) -> dict[str, mx.distributed.Group]:
     """Those of the gradients whose parameters are shards, by the types of modules."""
     found: dict[str, mx.distributed.Group] = {}
 
-    def walk(node: Any, gradient: Any, path: str, group: Any) -> None:
-        start = f"{path}." if path else ""
-        if isinstance(node, _FULLY_SHARDED):
-            # It does not tell its group; that of all ranks is the usual one.
+    def walk(node: Any, gradient: Any, path: list[Any], group: Any) -> None:
+        whole: Any = ()
+        if isinstance(node, _SHARDED):
+            # A module of fully_shard does not tell its group: that of all ranks is
+            # the usual one.
             group = getattr(node, "group", None) or mx.distributed.init()
-        whole: tuple[str, ...] = ()
-        if isinstance(node, layers.AllToShardedLinear):
-            group = node.group
-        elif isinstance(node, layers.ShardedToAllLinear):
-            group, whole = node.group, ("bias",)
-        if isinstance(gradient, dict):
-            for key, child in gradient.items():
-                of_child = None if key in whole else group
-                walk(_child(node, key), child, f"{start}{key}", of_child)
-        elif isinstance(gradient, (list, tuple)):
-            for i, child in enumerate(gradient):
-                walk(_child(node, i), child, f"{start}{i}", group)
-        elif group is not None and group.size() > 1:
-            found[path] = group
+            if isinstance(node, layers.ShardedToAllLinear):
+                whole = ("bias",)
+        is_dict = isinstance(gradient, dict)
+        pairs: Any = gradient.items() if is_dict else enumerate(gradient)
+        for key, child in pairs:
+            if isinstance(child, (dict, list, tuple)):
+                walk(_child(node, key), child, [*path, key], group)
+            elif group is not None and group.size() > 1 and key not in whole:
+                found[".".join(map(str, [*path, key]))] = group
 
-    walk(model, gradients, "", None)
+    walk(model, gradients, [], None)
     return found
 
 

@@ -564,7 +564,8 @@ class Optimizer(stock.Optimizer):
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         if self.clip_by_last_norm and not shards:
             return self._measure_in_chunks(leaves, limit)
-        norm, factor = measure(leaves.gradients, limit, paths(leaves.tree), shards)
+        names = paths(leaves.tree) if shards else ()
+        norm, factor = measure(leaves.gradients, limit, names, shards)
         if self.clip_by_last_norm:
             factor = mx.minimum(limit / (self.state["grad_norm"] + 1e-6), 1.0)
         if factor.dtype == mx.float64:
