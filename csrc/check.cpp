@@ -23,7 +23,7 @@ namespace {
 // Sizes that meet each path: a lone element, a tail, several tiles, strides;
 // blocks of transposed matrices, with vectors and without, and with whole
 // blocks of codes.
-const std::vector<mx::Shape> check_shapes = {{7},      {70, 192},   {9001},
+const std::vector<mx::Shape> check_shapes = {{7},      {72, 192},   {9001},
                                              {66, 18}, {2, 20, 24}, {1}};
 // The same for Adafactor's matrices: one tile and several, rows that are walked
 // as columns and turned, strides without neighbours, a lone row.
