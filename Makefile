@@ -52,7 +52,7 @@ PLAIN := build/plain
 test-plain: $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench
 	rm -rf $(PLAIN) && mkdir -p $(PLAIN)
 	cp -R python/mlx_fused_optimizers $(PLAIN)
-	cp metal/update_rules.h $(PLAIN)/mlx_fused_optimizers
+	cp metal/update_rules.h metal/formats.h $(PLAIN)/mlx_fused_optimizers
 	PYTHONPATH=$(CURDIR)/$(PLAIN) MLX_FUSED_TEST_BACKENDS=plain \
 	  PYTHONWARNINGS="ignore:mlx_fused_optimizers uses plain MLX operations" \
 	  $(BIN)/python -m pytest $(TESTS)
