@@ -30,7 +30,10 @@ from mlx_fused_optimizers.selfcheck import held_kernels  # noqa: E402
 
 
 def sources(rules: list[str] | None = None) -> dict[str, str]:
-    """The text of every kernel by its library's name, as the host code generates it."""
+    """The text of every kernel by its library's name, as the host code generates it.
+
+    Of those that this process has not built before.
+    """
     kernels = extension()
     if kernels is None:
         raise RuntimeError("the simulator is not built; run: make simulator")
@@ -67,11 +70,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.metal_instructions", description=__doc__
     )
+    parser.add_argument("--rules", nargs="+", help="default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
     options = parser.parse_args()
     mx.set_default_device(mx.cpu)
     try:
-        kernels = counts(sources())
+        kernels = counts(sources(options.rules))
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

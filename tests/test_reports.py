@@ -1564,7 +1564,8 @@ def test_attributes_that_are_not_there() -> None:
 BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("max_grad_norm", "1", "str"),
     ("max_grad_norm", mx.array([1.0, 2.0]), "(2,)"),
-    ("state_dtype", "float32", "mlx.core.float32"),
+    ("state_dtype", "float32", "'float32'"),
+    ("state_dtype", 32, "mlx.core.float32"),
     ("weight_decay_filter", 3, "int"),
 ]
 
