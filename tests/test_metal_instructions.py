@@ -14,7 +14,6 @@ from metal_simulator import CompileError
 from metal_simulator.extension import extension
 from metal_simulator.instructions import KernelInstructions, count, table
 
-
 pytestmark = pytest.mark.fused
 TESTS = Path(__file__).parent
 OUT = "device float* y [[buffer(0)]]"
