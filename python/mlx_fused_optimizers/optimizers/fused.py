@@ -71,6 +71,7 @@ class FusedOptimizer(Optimizer):
     _part: int = 0  # its number among the parts of a MultiOptimizer
     _calls: int = 0  # of steps, for _watch_precision
     _watched: list[Any] | None = None
+    _suspects: bool = False
 
     def __init__(
         self, learning_rate: LearningRate, **options: Unpack[DecayOptions]
@@ -423,37 +424,46 @@ class FusedOptimizer(Optimizer):
         """Warn, once, of weights of half precision that a step does not change.
 
         Looks at a few steps of the run, after them: that holds no array, and evaluates
-        nothing but what the step before has made.
+        nothing but what the step before has made. It looks at a few weights, and at
+        all when those have not changed.
         """
         self._calls += 1
         before, self._watched = self._watched, None
         is_due = self._calls & (self._calls - 1) == 0 and self._calls <= 1 << 12
         if self.master_weights or self.stochastic_rounding or not (before or is_due):
             return
-        halves = [p for p in leaves.parameters if is_half(p)]
+        halves = [p for p in leaves.parameters if is_half(p) and p.ndim > 0]
         if not halves or len(halves) < len(leaves):
             return
+        if not self._suspects:
+            halves = sorted(halves, key=lambda p: p.size)[:4]
+            halves = [p for p in halves if p.size <= 1 << 16] or halves[:1]
         try:
             # Sums that tell the upper byte from the lower, without another array.
             now = [
                 mx.sum(p.view(dtype)).item()
                 for p in halves
-                if p.ndim > 0
                 for dtype in (mx.uint16, mx.uint8)
             ]
             rate = self.state.get("learning_rate")
             moves = rate is not None and bool(mx.any(as_array(rate) != 0).item())
-            if before == now and any(mx.any(g != 0).item() for g in leaves.gradients):
-                warn_caller(
-                    f"{type(self).__name__}: a step changed no parameter, as it is "
-                    f"below the precision of {halves[0].dtype}. Use "
-                    'master_weights="24bit" or stochastic_rounding=True'
-                )
-                self._calls = 1 << 12
-                return
+            is_same = before == now
+            if is_same and any(mx.any(g != 0).item() for g in leaves.gradients):
+                if self._suspects:
+                    warn_caller(
+                        f"{type(self).__name__}: a step changed no parameter, as it is "
+                        f"below the precision of {halves[0].dtype}. Use "
+                        'master_weights="24bit" or stochastic_rounding=True'
+                    )
+                    self._calls = 1 << 12
+                    return
+                self._suspects = True
+                self._calls -= 1
+                return self._watch_precision(leaves)
         except ValueError:  # MLX evaluates nothing inside of transformations
             return
-        if is_due and moves:
+        self._suspects = self._suspects and (is_same or before is None)
+        if moves and (is_due or self._suspects):
             self._watched = now
 
     def _explain(self, error: Exception, leaves: Leaves) -> None:
