@@ -85,7 +85,8 @@ def test_the_page_is_all_that_it_takes(tmp_path: Path) -> None:
             )
     for library in (tmp_path / "build" / "cpu").glob("_ext*.so"):
         shutil.copy(library, package)
-    shutil.copy(tmp_path / "metal" / "update_rules.h", package)
+    for header in ("update_rules.h", "formats.h"):
+        shutil.copy(tmp_path / "metal" / header, package)
 
     simulator = tmp_path / "build/simulator/tests/metal_simulator"
     paths = [tmp_path / "python", tmp_path / "tests"]

@@ -44,8 +44,9 @@ def test_the_rules_are_those_of_the_header() -> None:
 
 def test_the_copy_of_the_header_is_the_header() -> None:
     root = Path(__file__).parents[1]
-    copy = Path(optim.__file__).parent / "update_rules.h"
-    assert copy.read_bytes() == (root / "metal/update_rules.h").read_bytes()
+    for name in ("update_rules.h", "formats.h"):
+        copy = Path(optim.__file__).parent / name
+        assert copy.read_bytes() == (root / "metal" / name).read_bytes()
 
 
 def values_of(rule: str, nesterov: float = 1.0) -> dict[str, Any]:

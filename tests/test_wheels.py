@@ -94,6 +94,7 @@ def test_a_wheel_has_the_package_and_an_extension_for_each_mlx(any_wheel: Path) 
         suffix = f".cpython-{PYTHON[2:]}-darwin.so"
     assert found == {
         *files("python", "*.py", "*.pyi", "py.typed"),
+        "mlx_fused_optimizers/formats.h",
         "mlx_fused_optimizers/update_rules.h",
         *(f"mlx_fused_optimizers/{name}{suffix}" for name in EXTENSIONS),
         *(f"{INFORMATION}/{x}" for x in ("METADATA", "RECORD", "WHEEL")),

@@ -19,7 +19,9 @@ enum SharedBuffer {
   walks_buffer,
 };
 inline int buffer_of_scalar(Scalar kind) {
-  return kind == seed ? seed_buffer : scalars_buffer + kind;
+  return kind == seed
+             ? static_cast<int>(seed_buffer)
+             : static_cast<int>(scalars_buffer) + static_cast<int>(kind);
 }
 
 // Arrays that a launch of the sums takes, and the arguments behind them.
