@@ -39,10 +39,11 @@ demo: $(STAMPS)/package $(STAMPS)/examples
 
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench simulator
 ifeq ($(TESTS),)
-	# Its errors are of MLX's streams, which count a task too many after each: in one
-	# process with the others they would be so many that MLX waits for ever.
-	$(BIN)/python -m pytest tests/test_metal_simulator.py
-	$(BIN)/python -m pytest --ignore tests/test_metal_simulator.py
+	# Each file in a process of its own: MLX 0.32.4 counts a task too many after an
+	# error of a stream, and waits for ever when that has been too often. 5: no test.
+	@status=0; for file in tests/test_*.py; do \
+	  $(BIN)/python -m pytest $$file || [ $$? -eq 5 ] || status=1; \
+	done; exit $$status
 else
 	$(BIN)/python -m pytest $(TESTS)
 endif
