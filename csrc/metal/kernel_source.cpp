@@ -257,8 +257,7 @@ std::string UpdateKernel::source() const {
   const std::string arrays = " Raw<" + states + ">& raw, thread float* p, " +
                              "thread float (*s)[vector_size]) const thread {\n";
   // A tile's scales, and as many new ones.
-  const auto pitch =
-      std::max<int64_t>(tile_size, rows * columns) / scales_block;
+  const auto pitch = std::max(tile_size, rows * columns) / scales_block;
   return fused_update_source + "\nstruct Slots {\n" + fields +
          "  static constexpr constant int coded = " + std::to_string(coded) +
          ";\n  static constexpr constant int block_size = " +

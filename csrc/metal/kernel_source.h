@@ -31,8 +31,8 @@ enum SumsBuffer { partials_buffer = max_sums_group, sums_tensors, sums_walks };
 // Rows and columns of the blocks in which a transposed gradient is read, as
 // BlockShape in metal/gradients.h; whole lines of every array.
 struct BlockSize {
-  int64_t rows;
-  int64_t columns;
+  int rows;
+  int columns;
 };
 
 // A kernel for the formats of a group's slots.
