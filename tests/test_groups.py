@@ -131,6 +131,41 @@ def test_a_users_apply_single(backend: str) -> None:
     assert own.learning_rate.item() == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Muon"])
+def test_groups_and_filters_are_asked_once_a_step(name: str) -> None:
+    asked: list[str] = []
+
+    def answers(what: str, answer: Any) -> Callable[..., Any]:
+        def ask(*given: Any) -> Any:
+            asked.append(what)
+            return answer
+
+        return ask
+
+    rate = {"learning_rate": answers("schedule", 0.1)}
+    optimizer = getattr(optim, name)(
+        learning_rate=0.1,
+        weight_decay=0.1,
+        groups=[(answers("group", True), rate)],
+        weight_decay_filter=answers("decay", True),
+        **({"relative_step": False} if name == "Adafactor" else {}),
+    )
+    parameters, gradients = trees(1)
+    optimizer.init(parameters)
+    optimizer.apply_gradients(gradients, parameters)
+    expected = [*["decay"] * len(SHAPES), *["group"] * len(SHAPES), "schedule"]
+    assert sorted(asked) == expected
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adafactor", "Muon"])
+def test_a_step_of_nothing(name: str) -> None:
+    groups: Any = [(takes("a"), {"weight_decay": 0.3})]
+    given = {} if name == "Adafactor" else {"learning_rate": 0.1}
+    optimizer = getattr(optim, name)(**given, groups=groups)
+    assert optimizer.apply_gradients({}, {}) == {}
+    assert optimizer.step.item() == 1
+
+
 def test_checkpoints_know_nothing_of_groups(tmp_path: Path) -> None:
     mx.set_default_device(mx.cpu)
     plain = stock.AdamW(0.1)

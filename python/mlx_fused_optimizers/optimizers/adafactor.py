@@ -129,22 +129,18 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         # MLX 0.32.4 may not return from reductions of arrays without elements.
         chosen = [i for i, p in enumerate(parameters) if getattr(p, "size", 1) > 0]
         is_matrix = [getattr(p, "ndim", 0) >= 2 for p in parameters]
-        sets, set_of = self._sets(leaves)
-        group_of = self._groups_of(leaves)
-        usual = mx.array(0.0) if self.relative_step else self.learning_rate
-        rates = self._rates(usual, group_of)
+        rate = mx.array(0.0) if self.relative_step else self.learning_rate
+        arguments = self._arguments(leaves, rate)
         for kind in ("Matrix", "Vector"):
             indices = [i for i in chosen if is_matrix[i] == (kind == "Matrix")]
             if indices:
                 self._run(
                     leaves,
                     f"Adafactor{kind}{'' if self.beta_1 is None else 'WithMoment'}",
-                    sets,
-                    sets=None if set_of is None else [set_of[i] for i in indices],
-                    learning_rate=rates
-                    if group_of is None
-                    else rates[mx.array(indices)],
-                    per_tensor=group_of is not None,
+                    arguments.sets,
+                    sets=arguments.sets_of(indices),
+                    learning_rate=arguments.rates_of(indices),
+                    per_tensor=arguments.per_tensor,
                     gradient_scale=clip.scale,
                     skip=clip.skip,
                     indices=indices,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from zlib import crc32
 
 import mlx.core as mx
@@ -45,6 +45,34 @@ if TYPE_CHECKING:
 def _is_large(path: str, parameter: mx.array) -> bool:
     """Whether codes are worth it; norms and biases matter most, and cost little."""
     return parameter.size >= 4096
+
+
+class Arguments(NamedTuple):
+    """The arguments of a step's leaves, which groups and filters may set apart.
+
+    Attributes:
+        sets: Sets of hyper-parameters.
+        set_of: The set of each leaf; None if all have the first.
+        rates: The learning rate, or that of each leaf.
+        per_tensor: Whether it is that of each leaf.
+    """
+
+    sets: list[dict[str, Any]]
+    set_of: list[int] | None
+    rates: mx.array
+    per_tensor: bool = False
+
+    def sets_of(self, chosen: list[int] | None) -> list[int] | None:
+        """The sets of some leaves, or of all."""
+        if self.set_of is None or chosen is None:
+            return self.set_of
+        return [self.set_of[i] for i in chosen]
+
+    def rates_of(self, chosen: list[int] | None) -> mx.array:
+        """The learning rates of some leaves, or of all."""
+        if not self.per_tensor or chosen is None:
+            return self.rates
+        return self.rates[mx.array(chosen)]
 
 
 class FusedOptimizer(Optimizer):
@@ -214,49 +242,39 @@ class FusedOptimizer(Optimizer):
             for name, value in values.items()
         }
 
-    def _groups_of(self, leaves: Leaves) -> list[int] | None:
-        """The group of each leaf; None if there are none."""
-        if not self.groups or isinstance(leaves.tree, mx.array):
-            return None
-        named = zip(paths(leaves.tree), leaves.parameters, strict=True)
-        return [self._group_of(*leaf) for leaf in named]
-
-    def _rates(self, usual: Any, group_of: list[int] | None) -> Any:
-        """The learning rate, or that of each leaf where groups set others."""
-        rate = as_array(usual)
-        if group_of is None:
-            return rate
-        values = map(self._group_values, range(len(self.groups or ()) + 1))
-        rates = [as_array(x.get("learning_rate", rate)) for x in values]
-        return mx.stack([x.astype(mx.float32) for x in rates])[mx.array(group_of)]
-
-    def _sets(self, leaves: Leaves) -> tuple[list[dict[str, Any]], list[int] | None]:
-        """Sets of hyper-parameters, and which each leaf has; None if all the first."""
+    def _arguments(self, leaves: Leaves, learning_rate: Any) -> Arguments:
+        """What the groups and filters give each leaf; each of them is asked once."""
         usual = self._hyperparameters()
-        group_of = self._groups_of(leaves)
-        sets = [usual]
-        for number in range(1, len(self.groups or ()) + 1 if group_of else 1):
+        rate = as_array(learning_rate)
+        decays = self.weight_decay_filter if "weight_decay" in usual else None
+        is_single = isinstance(leaves.tree, mx.array)  # apply_single's only one
+        if is_single or not leaves or (not self.groups and decays is None):
+            return Arguments([usual], None, rate)
+        named = [*zip(paths(leaves.tree), leaves.parameters, strict=True)]
+        set_of = [self._group_of(*leaf) for leaf in named]
+        sets, rates = [usual], [rate]
+        for number in range(1, len(self.groups or ()) + 1):
+            values = self._group_values(number)
+            rates.append(as_array(values.pop("learning_rate", rate)))
             view = copy(self)
-            for name, value in self._group_values(number).items():
-                if name != "learning_rate":
-                    setattr(view, name, value)
+            for name, value in values.items():
+                setattr(view, name, value)
             if view._rule() != self._rule():
                 raise ValueError(
                     f"[{type(self).__name__}] group {number} would need another "
                     "kernel; use MultiOptimizer"
                 )
             sets.append(view._hyperparameters())
-        decays = self.weight_decay_filter
-        is_single = isinstance(leaves.tree, mx.array)  # apply_single's only one
-        if decays is None or "weight_decay" not in usual or is_single:
-            return sets, group_of
-        named = zip(paths(leaves.tree), leaves.parameters, strict=True)
-        undecayed = [{**values, "weight_decay": 0.0} for values in sets]
-        chosen = group_of or [0] * len(leaves)
-        return [*sets, *undecayed], [
-            number if decays(*leaf) else number + len(sets)
-            for number, leaf in zip(chosen, named, strict=True)
-        ]
+        if self.groups:
+            rate = mx.stack([x.astype(mx.float32) for x in rates])[mx.array(set_of)]
+        if decays is not None:
+            undecayed = [{**values, "weight_decay": 0.0} for values in sets]
+            set_of = [
+                number if decays(*leaf) else number + len(sets)
+                for number, leaf in zip(set_of, named, strict=True)
+            ]
+            sets += undecayed
+        return Arguments(sets, set_of, rate, bool(self.groups))
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
@@ -358,9 +376,7 @@ class FusedOptimizer(Optimizer):
 
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
         """Compute what becomes of the leaves; nothing is changed yet."""
-        sets, set_of = self._sets(leaves)
-        group_of = self._groups_of(leaves)
-        rates = self._rates(self.state.get("learning_rate"), group_of)
+        arguments = self._arguments(leaves, self.state.get("learning_rate"))
 
         def run(
             chosen: list[int] | None = None, after: Sequence[mx.array] = ()
@@ -368,14 +384,10 @@ class FusedOptimizer(Optimizer):
             self._run(
                 leaves,
                 self._rule(),
-                sets,
-                sets=set_of
-                if chosen is None
-                else set_of and [set_of[i] for i in chosen],
-                learning_rate=rates
-                if chosen is None or group_of is None
-                else rates[mx.array(chosen)],
-                per_tensor=group_of is not None,
+                arguments.sets,
+                sets=arguments.sets_of(chosen),
+                learning_rate=arguments.rates_of(chosen),
+                per_tensor=arguments.per_tensor,
                 gradient_scale=clip.scale,
                 skip=clip.skip,
                 indices=chosen,

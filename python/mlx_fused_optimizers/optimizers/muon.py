@@ -128,16 +128,12 @@ class Muon(FusedOptimizer, stock.Muon):
         parameters = leaves.parameters
         name = type(self).__name__
         refuse_complex(name, leaves.tree, parameters, leaves.gradients, 2)
-        sets, set_of = self._sets(leaves)
-        decays = [
-            sets[0 if set_of is None else k]["weight_decay"] for k in set_of or [0]
-        ]
-        if set_of is None:
-            decays *= len(parameters)
+        arguments = self._arguments(leaves, self.state["learning_rate"])
+        sets = arguments.sets
+        set_of = arguments.set_of or [0] * len(parameters)
+        decays = [sets[number]["weight_decay"] for number in set_of]
         if self.decoupled_weight_decay:
             sets = [{**values, "weight_decay": 0.0} for values in sets]
-        group_of = self._groups_of(leaves)
-        rates = self._rates(self.state["learning_rate"], group_of)
         # The iterations need many times a matrix' memory: a batch begins when the one
         # before has ended. Gradients are ready from the last layer to the first.
         after: list[mx.array] = []
@@ -149,7 +145,7 @@ class Muon(FusedOptimizer, stock.Muon):
                 leaves,
                 self.rule,
                 sets,
-                sets=None if set_of is None else [set_of[i] for i in batch],
+                sets=arguments.sets_of(batch),
                 gradient_scale=clip.scale,
                 skip=clip.skip,
                 indices=batch,
@@ -174,8 +170,7 @@ class Muon(FusedOptimizer, stock.Muon):
                 "SGD",
                 decay,
                 sets=[*range(len(batch))],
-                learning_rate=(rates if group_of is None else rates[mx.array(batch)])
-                * mx.array(stretches),
+                learning_rate=arguments.rates_of(batch) * mx.array(stretches),
                 per_tensor=True,
                 skip=clip.skip,
                 indices=batch,
