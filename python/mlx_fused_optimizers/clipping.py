@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.optimizers as stock
 
 from ._kernels import kernels
-from .optimizers.base import measure, paths
+from .optimizers.base import measure
 from .optimizers.options import FUSED_DTYPES, check_limit
 from .shards import Sharded, shards_of_arguments
 
@@ -62,11 +62,8 @@ def clip_grad_norm(
     if not dtypes or any(x not in (*FUSED_DTYPES, mx.complex64) for x in dtypes):
         clipped, norm = stock.clip_grad_norm(grads, max_norm)
         return clipped, norm
-    is_whole = group is None and sharded is None
-    names = [] if is_whole else paths(leaves.tree)
-    pairs = [*zip(names, leaves.gradients, strict=not is_whole)]
-    shards = shards_of_arguments(pairs, group, sharded)
-    norm, factor = measure(leaves.gradients, max_norm, names, shards)
+    shards = shards_of_arguments(leaves.tree, group, sharded)
+    norm, factor = measure(leaves.gradients, max_norm, leaves.tree, shards)
     if dtypes == [mx.bfloat16]:
         norm = norm.astype(mx.bfloat16)
     return leaves.replace(kernels.scale(leaves.gradients, factor)), norm

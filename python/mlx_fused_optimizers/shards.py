@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn.layers.distributed as layers
+from mlx.utils import tree_flatten
 
 # By the paths of the gradients that are shards, the group that has the others.
 Shards = Mapping[str, mx.distributed.Group]
@@ -52,17 +53,18 @@ def _child(node: Any, key: Any) -> Any:
 
 
 def shards_of_arguments(
-    named: Collection[tuple[str, mx.array]],
+    gradients: Any,
     group: mx.distributed.Group | None,
     sharded: Sharded | None,
 ) -> dict[str, mx.distributed.Group]:
-    """Those that a caller names: of all arrays if only a group is given."""
+    """Those of a tree that a caller names: of all arrays if only a group is given."""
     if group is None and sharded is None:
         return {}
     if group is not None and not isinstance(group, mx.distributed.Group):
         raise TypeError(
             f"group is of type {type(group).__name__}; expected an mx.distributed.Group"
         )
+    named: Any = tree_flatten(gradients)
     if sharded is None:
         chosen = [path for path, _ in named]
     elif callable(sharded):

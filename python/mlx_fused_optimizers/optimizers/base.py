@@ -93,17 +93,17 @@ def check_given(argument: str, tree: Any) -> None:
 def measure(
     gradients: list[mx.array],
     max_norm: float | mx.array,
-    names: Sequence[str] = (),
+    tree: Any = None,
     shards: Shards = NO_SHARDS,
 ) -> tuple[mx.array, mx.array]:
     """The global norm of arrays of any dtypes, and the factor that clips it.
 
     That of complex numbers is the norm of their magnitudes. Beside a float64 gradient
     both are float64: its range is not float32's. Of what is a shard all ranks' parts
-    count, of the rest one rank's.
+    count, of the rest one rank's; the gradients' tree gives their paths.
     """
     if shards:
-        whole, parts = by_group(names, shards)
+        whole, parts = by_group(paths(tree), shards)
         ours, _ = measure([gradients[i] for i in whole], max_norm)
         norms = [(x, measure([gradients[i] for i in y], max_norm)[0]) for x, y in parts]
         return measure([ours, *joint_norms(norms, ours)], max_norm)
@@ -453,8 +453,7 @@ class Optimizer(stock.Optimizer):
         """
         check_given("parameters", parameters)
         check_tree("gradients", gradients)
-        flat: Any = tree_flatten(gradients) if group or sharded is not None else []
-        shards = shards_of_arguments(flat, group, sharded)
+        shards = shards_of_arguments(gradients, group, sharded)
         undo = self._remember()
         try:
             # Returned from here, so that no interrupt falls behind the guard.
@@ -564,10 +563,9 @@ class Optimizer(stock.Optimizer):
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         if self.clip_by_last_norm and not shards:
             return self._measure_in_chunks(leaves, limit)
-        names = paths(leaves.tree) if shards else ()
-        norm, factor = measure(leaves.gradients, limit, names, shards)
+        norm, factor = measure(leaves.gradients, limit, leaves.tree, shards)
         if self.clip_by_last_norm:
-            factor = mx.minimum(limit / (self.state["grad_norm"] + 1e-6), 1.0)
+            factor = self._factor_of_last_norm(limit)
         if factor.dtype == mx.float64:
             # The kernels' factor is a float32, whose range may not hold it.
             for i, gradient in enumerate(leaves.gradients):
@@ -596,8 +594,10 @@ class Optimizer(stock.Optimizer):
             # before the first update.
             total, _ = measure([*(gradients[i] for i in chosen), total], limit)
             chunks.append((chosen, total))
-        factor = mx.minimum(limit / (self.state["grad_norm"] + 1e-6), 1.0)
-        return Clip(total, factor, None, chunks)
+        return Clip(total, self._factor_of_last_norm(limit), None, chunks)
+
+    def _factor_of_last_norm(self, limit: float) -> mx.array:
+        return mx.minimum(limit / (self.state["grad_norm"] + 1e-6), 1.0)
 
     def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
         """The updated parameters' tree; states get their new entries."""

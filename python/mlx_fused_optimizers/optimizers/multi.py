@@ -181,9 +181,8 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         is_outermost = clip is None
         if clip is None:
             self._set_option_state()
-            clip = self._measure(leaves, shards)._replace(
-                chunks=()
-            )  # parts have others
+            # Parts have chunks of their own.
+            clip = self._measure(leaves, shards)._replace(chunks=())
             gradients = leaves.replace(leaves.gradients)  # scaled, if in float64
         chosen = self._chosen(leaves)
         parts = self._split(gradients, chosen)
