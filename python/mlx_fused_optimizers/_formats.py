@@ -47,13 +47,21 @@ def is_error(value: Any) -> bool:
     return isinstance(value, mx.array) and value.dtype in ERRORS.values()
 
 
+def shapes_in(
+    kind: str, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of the codes and of the scales of a tensor of this shape."""
+    size = math.prod(shape)
+    codes = shape if kind == "int8" else (-(-size // 2),)
+    return codes, (-(-size // BLOCKS[kind]),)
+
+
 def has_shape(state: State, key: str, shape: Iterable[int]) -> bool:
     """Whether a state is that of a tensor of this shape."""
     shape = tuple(shape)
     kind = kind_of(state, key)
     if kind is None:
         return bool(getattr(state.get(key), "shape", None) == shape)
-    size = math.prod(shape)
-    codes = shape if kind == "int8" else (-(-size // 2),)
-    expected = {f"{key}_{kind}": codes, f"{key}_scales": (-(-size // BLOCKS[kind]),)}
+    codes, scales = shapes_in(kind, shape)
+    expected = {f"{key}_{kind}": codes, f"{key}_scales": scales}
     return all(getattr(state.get(k), "shape", None) == x for k, x in expected.items())

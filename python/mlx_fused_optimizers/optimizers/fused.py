@@ -191,7 +191,7 @@ class FusedOptimizer(Optimizer):
                 release(state, key, parameter.shape, rule)
             init_single = getattr(self.init_single, "__func__", None)
             if kind and is_new and init_single is FusedOptimizer.init_single:
-                hold_zeros(state, others, rule, kind, parameter.size)
+                hold_zeros(state, others, rule, kind)
             else:
                 hold(state, others, rule, kind)
             if was_held and self._plain_dtype() is None:

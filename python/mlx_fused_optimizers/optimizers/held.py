@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 
-from .._formats import BLOCKS, ERRORS, HALF_DTYPES, State, is_error, kind_of
+from .._formats import ERRORS, HALF_DTYPES, State, is_error, kind_of, shapes_in
 from .._kernels import kernels
 
 
@@ -29,17 +29,13 @@ def hold(state: State, keys: Iterable[str], rule: str, kind: str | None) -> None
             state |= {f"{key}_{kind}": codes, f"{key}_scales": scales}
 
 
-def hold_zeros(
-    state: State, keys: Iterable[str], rule: str, kind: str, size: int
-) -> None:
+def hold_zeros(state: State, keys: Iterable[str], rule: str, kind: str) -> None:
     """Make states of zeros such ones in codes, without computing them."""
     for key in keys:
-        shape = state.pop(key).shape
-        if kind == "int4":
-            shape = (-(-size // 2),)
+        codes, scales = shapes_in(kind, state.pop(key).shape)
         is_unsigned = kind == "int4" or key in kernels.non_negative(rule)
-        state[f"{key}_{kind}"] = mx.zeros(shape, mx.uint8 if is_unsigned else mx.int8)
-        state[f"{key}_scales"] = mx.zeros(-(-size // BLOCKS[kind]), mx.float32)
+        state[f"{key}_{kind}"] = mx.zeros(codes, mx.uint8 if is_unsigned else mx.int8)
+        state[f"{key}_scales"] = mx.zeros(scales, mx.float32)
 
 
 def hold_error(state: State, parameter: mx.array, master: str | None) -> None:
