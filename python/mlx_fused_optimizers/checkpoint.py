@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ._formats import HALF_DTYPES, has_shape, plain_name
 from ._kernels import kernels
-from .optimizers.base import INIT, Optimizer, parts_of, rebuilt
+from .optimizers.base import INIT, OPTION_ENTRIES, Optimizer, parts_of, rebuilt
 from .optimizers.options import OPTIONS, warn_caller
 
 __all__ = ["load", "save"]
@@ -68,8 +68,6 @@ BITS: dict[int, tuple[mx.Dtype, Literal["B", "H", "I", "Q"]]] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MALFORMED = (AttributeError, KeyError, RecursionError, TypeError, ValueError)
-# Entries of the state that come and go with an option.
-OPTION_ENTRIES = ("grad_norm", "skipped_steps", "rounding_seed")
 
 
 def save(

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ._formats import HALF_DTYPES, is_error, is_half, plain_name
 from ._kernels import kernels
-from .optimizers.base import rebuilt
+from .optimizers.base import OPTION_ENTRIES, rebuilt
 from .optimizers.fused import FusedOptimizer
 from .optimizers.held import release
 
@@ -165,9 +165,8 @@ def _plain_state(
 
 def _own_entries(optimizer: stock.Optimizer) -> dict[str, Any]:
     """Those of ``mlx.optimizers``: no option's."""
-    ours = ("grad_norm", "skipped_steps", "rounding_seed")
     return {
         key: value
         for key, value in optimizer.state.items()
-        if not isinstance(value, (dict, list, tuple)) and key not in ours
+        if not isinstance(value, (dict, list, tuple)) and key not in OPTION_ENTRIES
     }

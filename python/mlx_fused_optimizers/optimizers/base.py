@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 INIT = "optimizer.init(model.trainable_parameters())"
 
+# Entries of the state that come and go with an option.
+OPTION_ENTRIES = ("grad_norm", "skipped_steps", "rounding_seed")
+
 NO_SHARDS: Shards = MappingProxyType({})
 
 # Leaves and elements that are measured together where updates wait for no others.
