@@ -47,6 +47,12 @@ def _is_large(path: str, parameter: mx.array) -> bool:
     return parameter.size >= 4096
 
 
+def _sums(arrays: list[mx.array]) -> list[Any]:
+    """Sums that tell the upper byte from the lower, without another array."""
+    dtypes = (mx.uint16, mx.uint8)
+    return [mx.sum(x.view(dtype)).item() for x in arrays for dtype in dtypes]
+
+
 class Arguments(NamedTuple):
     """The arguments of a step's leaves, which groups and filters may set apart.
 
@@ -447,16 +453,10 @@ class FusedOptimizer(Optimizer):
         halves = [p for p in leaves.parameters if is_half(p) and p.ndim > 0]
         if not halves or len(halves) < len(leaves):
             return
-        if not self._suspects:
-            halves = sorted(halves, key=lambda p: p.size)[:4]
-            halves = [p for p in halves if p.size <= 1 << 16] or halves[:1]
+        few = sorted(halves, key=lambda p: p.size)[:4]
+        few = [p for p in few if p.size <= 1 << 16] or few[:1]
         try:
-            # Sums that tell the upper byte from the lower, without another array.
-            now = [
-                mx.sum(p.view(dtype)).item()
-                for p in halves
-                for dtype in (mx.uint16, mx.uint8)
-            ]
+            now = _sums(halves if self._suspects else few)
             rate = self.state.get("learning_rate")
             moves = rate is not None and bool(mx.any(as_array(rate) != 0).item())
             is_same = before == now
@@ -469,13 +469,13 @@ class FusedOptimizer(Optimizer):
                     )
                     self._calls = 1 << 12
                     return
-                self._suspects = True
-                self._calls -= 1
-                return self._watch_precision(leaves)
+                self._suspects = True  # and looks at all, from a step that is due
+                now = _sums(halves) if is_due else []
+            else:
+                self._suspects = self._suspects and (is_same or before is None)
         except ValueError:  # MLX evaluates nothing inside of transformations
             return
-        self._suspects = self._suspects and (is_same or before is None)
-        if moves and (is_due or self._suspects):
+        if now and moves and (is_due or self._suspects):
             self._watched = now
 
     def _explain(self, error: Exception, leaves: Leaves) -> None:
