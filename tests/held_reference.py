@@ -232,3 +232,12 @@ def spacing(x: Doubles, dtype: mx.Dtype) -> Doubles:
     exponents = np.floor(np.log2(np.abs(x), where=x != 0, out=np.full(x.shape, -1e3)))
     spaces: Doubles = np.exp2(np.maximum(exponents - digits, least))
     return spaces
+
+
+def stepper(optimizer: Any, compiled: bool) -> Any:
+    def step(gradients: Any, parameters: Any) -> Any:
+        return optimizer.apply_gradients(gradients, parameters)
+
+    if compiled:
+        return mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
+    return step

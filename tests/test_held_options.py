@@ -18,6 +18,7 @@ from held_reference import (
     everything,
     options_of,
     plain_state,
+    stepper,
     storage_named,
 )
 from mlx.utils import tree_flatten
@@ -56,15 +57,6 @@ def model(rng: np.random.Generator, dtype: mx.Dtype) -> Any:
         ],
         "scale": random_array(rng, (), dtype),
     }
-
-
-def stepper(optimizer: Any, compiled: bool) -> Any:
-    def step(gradients: Any, parameters: Any) -> Any:
-        return optimizer.apply_gradients(gradients, parameters)
-
-    if compiled:
-        return mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
-    return step
 
 
 def run(optimizer: Any, weights: Any, steps: list[Any]) -> Any:

@@ -19,6 +19,7 @@ from held_reference import (
     options_of,
     plain_state,
     spacing,
+    stepper,
     storage_named,
     whole_codes,
 )
@@ -72,15 +73,6 @@ def random_tree(rng: np.random.Generator, dtype: mx.Dtype, shapes: Any = SHAPES)
 def turned(x: mx.array) -> mx.array:
     """The same values, the last dimension outermost in memory."""
     return mx.contiguous(x.T).T
-
-
-def stepper(optimizer: Any, compiled: bool) -> Any:
-    def step(gradients: Any, parameters: Any) -> Any:
-        return optimizer.apply_gradients(gradients, parameters)
-
-    if compiled:
-        return mx.compile(step, inputs=optimizer.state, outputs=optimizer.state)
-    return step
 
 
 # Against a step in float32
