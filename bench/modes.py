@@ -1,4 +1,4 @@
-"""How weights and states can be held, for bench.convergence and bench.memory."""
+"""How weights and states can be held, for benchmarks to compare."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import mlx.optimizers as stock
 import mlx_fused_optimizers as optim
 
 from . import peers as p
+from .modes import FLOAT32, MODES
 from .sets import SETS, Shapes, elements, tensors
 from .streaming import LONGEST, chip_bandwidth, reading_loop, update_loop
 from .timing import Times, interleave
@@ -290,22 +291,6 @@ def clipping_row(dtype: str, choice: Choice) -> Row:
 
 # States in codes and masters, on a decoder's gradients.
 
-HELD: dict[str, tuple[str, dict[str, Any]]] = {
-    "float32": ("float32", {}),
-    "bfloat16": ("bfloat16", {}),
-    "float32, int8 states": ("float32", {"state_dtype": "int8"}),
-    "bfloat16 + 24bit, int8 states": (
-        "bfloat16",
-        {"state_dtype": "int8", "master_weights": "24bit"},
-    ),
-    "bfloat16 + 24bit, int4 states": (
-        "bfloat16",
-        {"state_dtype": "int4", "master_weights": "24bit"},
-    ),
-    "bfloat16 + 32bit, float32 states": ("bfloat16", {"master_weights": "32bit"}),
-    "bfloat16, stochastic rounding": ("bfloat16", {"stochastic_rounding": True}),
-}
-
 
 def held(choice: Choice) -> list[Unit]:
     return [
@@ -315,13 +300,14 @@ def held(choice: Choice) -> list[Unit]:
 
 
 def held_row(optimizer: str, choice: Choice) -> Row:
-    gradients = {x: SETS["decoder"].gradients(p.DTYPES[x]) for x in p.DTYPES}
+    dtypes = {mode.dtype for mode in MODES.values()}
+    gradients = {dtype: SETS["decoder"].gradients(dtype) for dtype in dtypes}
     times = interleave(
         {
             label: p.mlx_step(
-                optim, optimizer, p.DTYPES[dtype], gradients[dtype], options=options
+                optim, optimizer, dtype, gradients[dtype], options=options
             )
-            for label, (dtype, options) in HELD.items()
+            for label, (dtype, options) in MODES.items()
         },
         choice.rounds,
     )
@@ -329,7 +315,7 @@ def held_row(optimizer: str, choice: Choice) -> Row:
         "optimizer": optimizer,
         "milliseconds": in_milliseconds(times),
         "ratio to float32": {
-            label: round(times.ratio(label, "float32"), 2) for label in HELD
+            label: round(times.ratio(label, FLOAT32), 2) for label in MODES
         },
     }
 
