@@ -520,9 +520,7 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
   task.tensors.resize(layout.tensors);
   // A rule of one slot does the same to all elements, in whatever order.
   const bool any_order = layout.slots() == 1;
-  const bool has_codes =
-      std::any_of(layout.formats.begin(), layout.formats.end(),
-                  [](const Format& format) { return format.has_codes(); });
+  const bool has_codes = layout.has_codes();
   int output = 0;
   for (int i = 0; i < layout.tensors; ++i) {
     auto& tensor = task.tensors[i];

@@ -123,6 +123,10 @@ struct GroupLayout {
                        : -1;
   }
   const Format& format(const Part& part) const { return formats[part.slot]; }
+  bool has_codes() const {
+    return std::any_of(formats.begin(), formats.end(),
+                       [](const Format& format) { return format.has_codes(); });
+  }
   bool is_plain() const { return parts.size() == formats.size() && !has[seed]; }
 };
 

@@ -290,7 +290,7 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   const size_t places = kernel.tensors_per_launch();
   for (size_t first = 0; first < tensors.size(); first += places) {
     const size_t count = std::min(places, tensors.size() - first);
-    Launch launch(kernel.block_size(), kernel.has_codes());
+    Launch launch(kernel.block_size(), kernel.layout.has_codes());
     Arrays gradients;
     for (size_t i = first; i < first + count; ++i) {
       const int tensor = tensors[i];

@@ -68,13 +68,8 @@ bool UpdateKernel::is_separate(const Part& part) const {
   return part.is_written && (!is_state || separate_states);
 }
 
-bool UpdateKernel::has_codes() const {
-  return std::any_of(layout.formats.begin(), layout.formats.end(),
-                     [](const Format& format) { return format.has_codes(); });
-}
-
 BlockSize UpdateKernel::block_size() const {
-  if (!has_codes()) {
+  if (!layout.has_codes()) {
     return {64, 64};
   }
   return {layout.formats.back().dtype == mx::float32 ? 32 : 64, 128};

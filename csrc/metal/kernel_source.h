@@ -47,7 +47,6 @@ struct UpdateKernel {
   // Whether an array takes two buffers, the first to read and the second to
   // write. The parameter always does: it is held most often.
   bool is_separate(const Part& part) const;
-  bool has_codes() const;
   BlockSize block_size() const;
   int buffers_per_tensor() const;
   int tensors_per_launch() const;
