@@ -96,45 +96,6 @@ struct Half {
   }
 };
 
-struct BFloat16 : Half<BFloat16> {
-  static float widen(uint16_t half) { return from_bfloat16(half); }
-  static uint16_t round(float value) { return to_bfloat16(value); }
-#if defined(__AVX512F__)
-  static Floats widen(Halves half) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
-  static Halves round(Floats value) {
-    const auto bits = _mm512_castps_si512(value);
-    const auto upper = _mm512_srli_epi32(bits, 16);
-    const auto odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-    const auto half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-    const auto rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-    const auto quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-    const auto is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, quiet));
-  }
-#elif defined(__AVX2__)
-  static Floats widen(Halves half) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-  }
-  static Halves round(Floats value) {
-    const auto bits = _mm256_castps_si256(value);
-    const auto upper = _mm256_srli_epi32(bits, 16);
-    const auto odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
-    const auto half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
-    const auto rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
-    const auto quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
-    const auto is_nan =
-        _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-    const auto result = _mm256_blendv_epi8(rounded, quiet, is_nan);
-    return _mm_packus_epi32(_mm256_castsi256_si128(result),
-                            _mm256_extracti128_si256(result, 1));
-  }
-#endif
-};
-
 // Without care for NaNs whose lower bits are set: rounding could carry them
 // into the sign. Where all that is computed with came from bfloat16, none has
 // any.
@@ -144,27 +105,66 @@ struct BFloat16Alone : Half<BFloat16Alone> {
     const uint32_t bits = as_bits(value);
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   }
-#if defined(__AVX2__)
-  static Floats widen(Halves half) { return BFloat16::widen(half); }
-#endif
 #if defined(__AVX512F__)
-  static Halves round(Floats value) {
+  static Floats widen(Halves half) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static __m512i rounded(Floats value) {
     const auto bits = _mm512_castps_si512(value);
     const auto odd =
         _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const auto half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-    return _mm512_cvtepi32_epi16(
-        _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16));
+    return _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
   }
+  static Halves packed(__m512i halves) { return _mm512_cvtepi32_epi16(halves); }
 #elif defined(__AVX2__)
-  static Halves round(Floats value) {
+  static Floats widen(Halves half) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  static __m256i rounded(Floats value) {
     const auto bits = _mm256_castps_si256(value);
     const auto odd =
         _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const auto half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
-    const auto rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
-    return _mm_packus_epi32(_mm256_castsi256_si128(rounded),
-                            _mm256_extracti128_si256(rounded, 1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  }
+  static Halves packed(__m256i halves) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(halves),
+                            _mm256_extracti128_si256(halves, 1));
+  }
+#endif
+#if defined(__AVX2__)
+  static Halves round(Floats value) { return packed(rounded(value)); }
+#endif
+};
+
+struct BFloat16 : Half<BFloat16> {
+  using Alone = BFloat16Alone;
+  static float widen(uint16_t half) { return from_bfloat16(half); }
+  static uint16_t round(float value) { return to_bfloat16(value); }
+#if defined(__AVX2__)
+  static Floats widen(Halves half) { return Alone::widen(half); }
+#endif
+#if defined(__AVX512F__)
+  static Halves round(Floats value) {
+    const auto quiet =
+        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(value), 16),
+                        _mm512_set1_epi32(0x40));
+    const auto is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return Alone::packed(
+        _mm512_mask_mov_epi32(Alone::rounded(value), is_nan, quiet));
+  }
+#elif defined(__AVX2__)
+  static Halves round(Floats value) {
+    const auto quiet =
+        _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(value), 16),
+                        _mm256_set1_epi32(0x40));
+    const auto is_nan =
+        _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+    return Alone::packed(
+        _mm256_blendv_epi8(Alone::rounded(value), quiet, is_nan));
   }
 #endif
 };
