@@ -93,39 +93,7 @@ encode_vector(const thread float* values, int count, thread int* q) {
   return scale;
 }
 
-// Errors E of weights T.
-template <typename E>
-METAL_FUNC void
-load_errors(const device E* in, const thread Elements& at, thread int* errors) {
-  if (at.vectorized) {
-    const vec<E, 4> values =
-        *reinterpret_cast<const device vec<E, 4>*>(in + at.start);
-    FOR_EACH_OF_VECTOR { errors[i] = int(values[i]); }
-  } else {
-    FOR_EACH_OF_VECTOR {
-      errors[i] = i < at.count ? int(in[at.start + i * at.stride]) : 0;
-    }
-  }
-}
-
-template <typename E>
-METAL_FUNC void store_errors(
-    const thread int* errors,
-    const thread Elements& at,
-    device E* out) {
-  if (at.vectorized) {
-    vec<E, 4> values;
-    FOR_EACH_OF_VECTOR { values[i] = E(errors[i]); }
-    *reinterpret_cast<device vec<E, 4>*>(out + at.start) = values;
-  } else {
-    FOR_EACH_OF_VECTOR {
-      if (i < at.count) {
-        out[at.start + i * at.stride] = E(errors[i]);
-      }
-    }
-  }
-}
-
+// Of weights T and their errors E.
 template <typename T, typename E>
 struct Master {
   static constexpr constant bool is_short = sizeof(E) == 1;

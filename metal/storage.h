@@ -23,26 +23,25 @@ neighbours(int64_t start, int64_t size, bool may_vectorize) {
   return {start, 1, count, may_vectorize && count == vector_size};
 }
 
-template <typename T>
+// To and from registers V: floats, or integers for the errors of weights.
+template <typename T, typename V>
 METAL_FUNC void
-load_vector(const device T* in, const thread Elements& at, thread float* out) {
+load_vector(const device T* in, const thread Elements& at, thread V* out) {
   if (at.vectorized) {
-    const float4 values =
-        float4(*reinterpret_cast<const device vec<T, 4>*>(in + at.start));
-    FOR_EACH_OF_VECTOR { out[i] = values[i]; }
+    const vec<T, 4> values =
+        *reinterpret_cast<const device vec<T, 4>*>(in + at.start);
+    FOR_EACH_OF_VECTOR { out[i] = static_cast<V>(values[i]); }
   } else {
     FOR_EACH_OF_VECTOR {
-      out[i] = i < at.count ? static_cast<float>(in[at.start + i * at.stride])
-                            : 0.0f;
+      out[i] = i < at.count ? static_cast<V>(in[at.start + i * at.stride])
+                            : static_cast<V>(0);
     }
   }
 }
 
-template <typename T>
-METAL_FUNC void store_vector(
-    const thread float* values,
-    const thread Elements& at,
-    device T* out) {
+template <typename T, typename V>
+METAL_FUNC void
+store_vector(const thread V* values, const thread Elements& at, device T* out) {
   if (at.vectorized) {
     vec<T, 4> rounded;
     FOR_EACH_OF_VECTOR { rounded[i] = static_cast<T>(values[i]); }

@@ -163,7 +163,7 @@ std::string UpdateKernel::source() const {
     if (format.is_split()) {
       loads += filled(
           "    load_vector($1, at, raw.weights);\n"
-          "    load_errors(error, at, raw.errors);\n"
+          "    load_vector(error, at, raw.errors);\n"
           "    FOR_EACH_OF_VECTOR {\n"
           "      p[i] = Master<$3, $4>::joined(raw.weights[i], "
           "raw.errors[i]);\n"
@@ -178,7 +178,7 @@ std::string UpdateKernel::source() const {
             "      }\n"
             "    }\n"
             "    store_vector(raw.weights, at, new_$1);\n"
-            "    store_errors(raw.errors, at, new_error);\n",
+            "    store_vector(raw.errors, at, new_error);\n",
             words);
       }
       continue;
