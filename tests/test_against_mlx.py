@@ -92,8 +92,9 @@ def test_one_step_of_float32_agrees(
         assume(all(x.ndim < 3 for x in leaves_of(parameters).values()))
     ours, theirs = both(name, options)
     mine, reference = copy_tree(parameters), copy_tree(parameters)
-    # Adafactor's means are summed in another order.
-    absolute = 1e-6 if name == "Adafactor" else 1e-8
+    # Adafactor's means and Muon's products are summed in another order, so a small
+    # element of an update has the rounding errors of the large ones.
+    absolute = {"Adafactor": 1e-6, "Muon": 1e-7}.get(name, 1e-8)
     for _ in range(2):
         gradients = fill(parameters, rng, mx.float32, layout)
         mine = ours.apply_gradients(gradients, mine)
