@@ -27,6 +27,7 @@ namespace {
 // What the loops read and write: float32, or 16 bits of one of two kinds.
 struct Float32 {
   using Type = float;
+  static constexpr size_t vectors = 1;
   static void load(const float* in, float* out, size_t n) {
     for (size_t i = 0; i < n; ++i) {
       out[i] = in[i];
@@ -72,6 +73,7 @@ void store_halves(Halves values, uint16_t* out) {
 template <typename K>
 struct Half {
   using Type = uint16_t;
+  static constexpr size_t vectors = 1;
   static void load(const uint16_t* in, float* out, size_t n) {
     size_t i = 0;
 #if defined(__AVX2__)
@@ -110,14 +112,28 @@ struct BFloat16Alone : Half<BFloat16Alone> {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
+  // In the upper halves of the words.
   static __m512i rounded(Floats value) {
     const auto bits = _mm512_castps_si512(value);
     const auto odd =
         _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const auto half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-    return _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    return _mm512_add_epi32(bits, half);
   }
-  static Halves packed(__m512i halves) { return _mm512_cvtepi32_epi16(halves); }
+  static Halves packed(__m512i words) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16));
+  }
+  static void load(const uint16_t* in, float (&out)[2][vector_size]) {
+    const auto words = _mm512_loadu_si512(in);
+    const auto upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    store_floats(_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)), out[0]);
+    store_floats(_mm512_castsi512_ps(_mm512_and_si512(words, upper)), out[1]);
+  }
+  static void store(const float (&in)[2][vector_size], uint16_t* out) {
+    const auto even = _mm512_srli_epi32(rounded(load_floats(in[0])), 16);
+    const auto odd = rounded(load_floats(in[1]));
+    _mm512_storeu_si512(out, _mm512_mask_mov_epi16(even, 0xaaaaaaaau, odd));
+  }
 #elif defined(__AVX2__)
   static Floats widen(Halves half) {
     return _mm256_castsi256_ps(
@@ -128,14 +144,33 @@ struct BFloat16Alone : Half<BFloat16Alone> {
     const auto odd =
         _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const auto half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
-    return _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    return _mm256_add_epi32(bits, half);
   }
-  static Halves packed(__m256i halves) {
+  static Halves packed(__m256i words) {
+    const auto halves = _mm256_srli_epi32(words, 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(halves),
                             _mm256_extracti128_si256(halves, 1));
   }
+  static void load(const uint16_t* in, float (&out)[2][vector_size]) {
+    const auto words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+    const auto upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    store_floats(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), out[0]);
+    store_floats(_mm256_castsi256_ps(_mm256_and_si256(words, upper)), out[1]);
+  }
+  static void store(const float (&in)[2][vector_size], uint16_t* out) {
+    const auto even = _mm256_srli_epi32(rounded(load_floats(in[0])), 16);
+    const auto odd = rounded(load_floats(in[1]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_blend_epi16(even, odd, 0xaa));
+  }
 #endif
 #if defined(__AVX2__)
+  // A tile is the elements with even numbers and those with odd ones: the two
+  // halves of a word need no moving between lanes.
+  static constexpr size_t vectors = 2;
+  using Half<BFloat16Alone>::load;
+  using Half<BFloat16Alone>::store;
+
   static Halves round(Floats value) { return packed(rounded(value)); }
 #endif
 };
@@ -149,18 +184,16 @@ struct BFloat16 : Half<BFloat16> {
 #endif
 #if defined(__AVX512F__)
   static Halves round(Floats value) {
-    const auto quiet =
-        _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(value), 16),
-                        _mm512_set1_epi32(0x40));
+    const auto quiet = _mm512_or_si512(_mm512_castps_si512(value),
+                                       _mm512_set1_epi32(0x400000));
     const auto is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     return Alone::packed(
         _mm512_mask_mov_epi32(Alone::rounded(value), is_nan, quiet));
   }
 #elif defined(__AVX2__)
   static Halves round(Floats value) {
-    const auto quiet =
-        _mm256_or_si256(_mm256_srli_epi32(_mm256_castps_si256(value), 16),
-                        _mm256_set1_epi32(0x40));
+    const auto quiet = _mm256_or_si256(_mm256_castps_si256(value),
+                                       _mm256_set1_epi32(0x400000));
     const auto is_nan =
         _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
     return Alone::packed(
@@ -185,30 +218,39 @@ struct Float16 : Half<Float16> {
 #endif
 };
 
-// Elements that are loaded, updated and stored at a time: one vector, so that
-// they stay in registers; or more, for the compiler to make vectors of.
+// Elements of a row of a tile: one vector, so that they stay in registers; or
+// more, for the compiler to make vectors of.
 #if defined(__AVX2__)
-constexpr size_t tile_size = vector_size;
+constexpr size_t row_size = vector_size;
 #else
-constexpr size_t tile_size = 64;
+constexpr size_t row_size = 64;
 #endif
 
-template <typename R, typename F>
-inline __attribute__((always_inline)) void update_tile(
-    const R& rule, float gradient_scale, const Block<typename F::Type>& block,
-    size_t start) {
-  constexpr int first_state = R::reads_parameter;
-  constexpr int gradient_slot = first_state + R::states;
-  float p[tile_size] = {}, s[R::states + 1][tile_size], g[tile_size];
-  if constexpr (R::reads_parameter) {
-    F::load(block.in[0] + start, p, tile_size);
+template <typename F>
+void load(const typename F::Type* in, float (&out)[F::vectors][row_size]) {
+  if constexpr (F::vectors == 1) {
+    F::load(in, out[0], row_size);
+  } else {
+    F::load(in, out);
   }
-  for (int k = 0; k < R::states; ++k) {
-    F::load(block.in[first_state + k] + start, s[k], tile_size);
+}
+
+template <typename F>
+void store(const float (&in)[F::vectors][row_size], typename F::Type* out) {
+  if constexpr (F::vectors == 1) {
+    F::store(in[0], out, row_size);
+  } else {
+    F::store(in, out);
   }
-  F::load(block.in[gradient_slot] + start, g, tile_size);
+}
+
+template <typename R>
+inline __attribute__((always_inline)) void update_row(const R& rule,
+                                                      float gradient_scale,
+                                                      float* p, float** s,
+                                                      float* g) {
   MLX_FUSED_VECTORIZE
-  for (size_t i = 0; i < tile_size; ++i) {
+  for (size_t i = 0; i < row_size; ++i) {
     float states[R::states + 1];
     for (int k = 0; k < R::states; ++k) {
       states[k] = s[k][i];
@@ -222,14 +264,50 @@ inline __attribute__((always_inline)) void update_tile(
       s[k][i] = states[k];
     }
   }
-  if constexpr (R::writes_parameter) {
-    F::store(p, block.out[0] + start, tile_size);
+}
+
+// Loads, updates and stores a tile's elements.
+template <typename R, typename F>
+inline __attribute__((always_inline)) void update_tile(
+    const R& rule, float gradient_scale, const Block<typename F::Type>& block,
+    size_t start) {
+  constexpr int first_state = R::reads_parameter;
+  constexpr int gradient_slot = first_state + R::states;
+  using Tile = float[F::vectors][row_size];
+  Tile p = {}, s[R::states + 1], g;
+  if constexpr (R::reads_parameter) {
+    load<F>(block.in[0] + start, p);
   }
   for (int k = 0; k < R::states; ++k) {
-    F::store(s[k], block.out[first_state + k] + start, tile_size);
+    load<F>(block.in[first_state + k] + start, s[k]);
+  }
+  load<F>(block.in[gradient_slot] + start, g);
+  for (size_t row = 0; row < F::vectors; ++row) {
+    float* states[R::states + 1];
+    for (int k = 0; k < R::states; ++k) {
+      states[k] = s[k][row];
+    }
+    update_row(rule, gradient_scale, p[row], states, g[row]);
+  }
+  if constexpr (R::writes_parameter) {
+    store<F>(p, block.out[0] + start);
+  }
+  for (int k = 0; k < R::states; ++k) {
+    store<F>(s[k], block.out[first_state + k] + start);
   }
   if constexpr (R::writes_gradient) {
-    F::store(g, block.out[gradient_slot] + start, tile_size);
+    store<F>(g, block.out[gradient_slot] + start);
+  }
+}
+
+// Fetches into the cache what comes 2 KiB after these bytes. The hardware does
+// so on its own, but begins anew in each page of 4 KiB of each array: with this
+// a step takes 10 to 20 % less time.
+inline __attribute__((always_inline)) void prefetch(const void* data,
+                                                    size_t bytes) {
+  constexpr size_t ahead = 2048, line = 64;
+  for (size_t offset = 0; offset < bytes; offset += line) {
+    __builtin_prefetch(static_cast<const char*>(data) + ahead + offset);
   }
 }
 
@@ -239,6 +317,7 @@ void update_with(const float* numbers, float learning_rate, float step,
                  size_t n) {
   using R = typename RegisteredRule<index>::template Type<float>;
   using Type = typename F::Type;
+  constexpr size_t tile_size = F::vectors * row_size;
   R rule;
   // A rule begins with its numbers.
   memcpy(static_cast<void*>(&rule), numbers,
@@ -246,6 +325,9 @@ void update_with(const float* numbers, float learning_rate, float step,
   rule.prepare(learning_rate, step);
   size_t i = 0;
   for (; i + tile_size <= n; i += tile_size) {
+    for (int k = 0; k < R::reads_parameter + R::states + 1; ++k) {
+      prefetch(block.in[k] + i, tile_size * sizeof(Type));
+    }
     update_tile<R, F>(rule, gradient_scale, block, i);
   }
   if (i == n) {
