@@ -143,11 +143,16 @@ METAL_FUNC T unit_of_float16(T weight, U exponents) {
 }
 
 template <typename T, typename U>
+METAL_FUNC U error_of_float16(T x, T weight, U exponents, T most) {
+  const T rest = (x - weight) / unit_of_float16(weight, exponents);
+  return to_integer<U>(smaller(larger(nearest(rest), -most), most));
+}
+
+template <typename T, typename U>
 METAL_FUNC void
 split_float16(T x, U exponents, T most, thread T& weight, thread U& error) {
   weight = half_of(x);
-  const T rest = (x - weight) / unit_of_float16(weight, exponents);
-  error = to_integer<U>(smaller(larger(nearest(rest), -most), most));
+  error = error_of_float16(x, weight, exponents, most);
 }
 
 template <typename T, typename U>

@@ -530,11 +530,12 @@ void store_split_as(bool is_float16, const float* in, uint16_t* weights,
   if (is_float16) {
     constexpr uint32_t exponents = sizeof(E) == 1 ? 18 : 26;
     constexpr float most = sizeof(E) == 1 ? 127 : 32767;
+    Float16::store(in, weights, n);
+    Float16::load(weights, rounded, n);
     for (size_t i = 0; i < n; ++i) {
-      split_float16<float, uint32_t>(in[i], exponents, most, rounded[i], rest);
-      errors[i] = static_cast<E>(rest);
+      errors[i] = static_cast<E>(error_of_float16<float, uint32_t>(
+          in[i], rounded[i], exponents, most));
     }
-    Float16::store(rounded, weights, n);
     return;
   }
   for (size_t i = 0; i < n; ++i) {
