@@ -1,6 +1,7 @@
 """The benchmarks run, and write what they say. Nothing here times anything."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,32 @@ def test_convergence_in_codes(tmp_path: Path) -> None:
         assert other["training loss"] == pytest.approx(usual["training loss"], rel=0.01)
         assert other["largest update"] < 4 * usual["largest update"]
     assert (tmp_path / "convergence.png").stat().st_size > 0
+
+
+def test_the_first_pages_charts_show_the_results(tmp_path: Path) -> None:
+    results = ROOT / "bench" / "results"
+    done = run("bench.front_page", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((results / "bench.json").read_text())["rows"]["steps"]
+    times = rows[0]["milliseconds"]
+    speed = (tmp_path / "front_speed.svg").read_text()
+    for peer in ("ours", "MLX", "MLX compiled"):
+        assert f"{times[peer]:.0f} ms" in speed
+    (row,) = (
+        row
+        for row in json.loads((results / "memory.json").read_text())["rows"]
+        if (row["optimizer"], row["held"]) == ("AdamW", "bf16 + 24bit, int8 states")
+    )
+    memory = (tmp_path / "front_memory.svg").read_text()
+    assert f"{row['peak MB']['eager']:.0f} MB" in memory
+    # Those in the repository were drawn from these numbers.
+    for path in tmp_path.glob("*.svg"):
+        kept = (results / path.name).read_text()
+        assert texts(kept) == texts(path.read_text()), "run: python -m bench.front_page"
+
+
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)<", svg)
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ class AdamW(Adam, stock.AdamW):
 
         m_{t+1} &= \beta_1 m_t + (1 - \beta_1) g_t \\
         v_{t+1} &= \beta_2 v_t + (1 - \beta_2) g_t^2 \\
-        w_{t+1} &= w_t - \alpha (\frac{m_{t+1}}{\sqrt{v_{t+1}} + \epsilon} + \lambda
-        w_t)
+        w_{t+1} &= w_t - \alpha \left(\frac{m_{t+1}}{\sqrt{v_{t+1}} + \epsilon}
+        + \lambda w_t\right)
 
     Bias correction is that of :class:`Adam`. Source: Loshchilov and Hutter, "Decoupled
     weight decay regularization", ICLR 2019.
