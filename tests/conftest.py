@@ -2,8 +2,8 @@
 
 MLX_FUSED_TEST_BACKENDS names those to run on alone. With `plain` (`make test-plain`)
 all tests run on plain operations, but for those marked `fused`. Otherwise these are for
-test_plain.py and the comparisons with mlx.optimizers, not compiled: MLX compiles plain
-operations with the machine's compiler, which takes minutes.
+test_plain.py and the comparisons with mlx.optimizers and torch, not compiled: MLX
+compiles plain operations with the machine's compiler, which takes minutes.
 """
 
 import os
@@ -19,7 +19,7 @@ from mlx_fused_optimizers._kernels import reason, using
 from support import MLX_VERSION
 
 SIMULATOR = "metal-simulator"
-PLAIN_BY_DEFAULT = {"test_against_mlx.py"}
+PLAIN_BY_DEFAULT = {"test_against_mlx.py", "test_pytorch.py"}
 # Those that are here; `make test` builds the simulator.
 BACKENDS = ["cpu", "plain"]
 # The simulator reports faults as errors on a stream of the CPU. Before MLX 0.32.1 such

@@ -182,6 +182,9 @@ def test_bad_groups() -> None:
         optim.SGD(0.1, groups={})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="expected pairs of a filter"):
         optim.SGD(0.1, groups=[({"learning_rate": 1.0},)])  # type: ignore[list-item]
+    # What is of the whole optimizer would be ignored.
+    with pytest.raises(ValueError, match=r"groups sets ns_steps; Muon has"):
+        optim.Muon(0.1, groups=[(takes("a"), {"ns_steps": 1})])
     with pytest.raises(ValueError, match=r"groups sets betas; SGD has .*momentum"):
         optim.SGD(0.1, groups=[(takes("a"), {"betas": (0.1, 0.2)})])
     optimizer = optim.Adam(0.1, groups=[(takes("a"), {"bias_correction": True})])

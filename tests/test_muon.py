@@ -1,6 +1,8 @@
 """Muon's batched iterations and its own arguments; float64 as the oracle."""
 
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -170,6 +172,45 @@ def test_matrix_scale(backend: str) -> None:
         np.testing.assert_allclose(mine[key], x, 1e-4, 1e-5, err_msg=key)
     usual = steps(optim, start, [gradient])
     assert {k for k, x in usual.items() if np.any(x != mine[k])} == {"filters"}
+
+
+FACTORS: dict[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    "spectral_unclamped": lambda rows, columns: (rows / columns) ** 0.5,
+}
+
+
+@pytest.mark.parametrize("decoupled", [False, True], ids=["", "decoupled"])
+@pytest.mark.parametrize("name", FACTORS)
+def test_adjusted_learning_rates(backend: str, name: str, decoupled: bool) -> None:
+    """By those of the default, of which decay and moment depend on no shape."""
+    start, gradients = random_tree(0), [random_tree(1)]
+    options = {"weight_decay": 0.5, "decoupled_weight_decay": decoupled}
+    mine = steps(optim, start, gradients, adjust_lr_fn=name, **options)
+    usual = steps(optim, start, gradients, **options)
+    for key, x in start.items():
+        kept = to_numpy(x) * (1 - 0.1 * 0.5 * decoupled)
+        factor = 1.0
+        if x.ndim > 1:
+            rows, columns = x.shape[-2:]
+            factor = FACTORS[name](rows, columns) / max(1, rows / columns) ** 0.5
+        expected = kept + factor * (usual[key] - kept)
+        np.testing.assert_allclose(mine[key], expected, 1e-4, 1e-5, err_msg=key)
+
+
+def test_adjust_lr_fn_is_checked_and_saved(tmp_path: Path) -> None:
+    message = r"adjust_lr_fn should be 'original' or .*, 'other' was provided"
+    with pytest.raises(ValueError, match=message):
+        optim.Muon(0.1, adjust_lr_fn="other")
+    tree = {"w": mx.ones((2, 2))}
+    usual, adjusted = (
+        optim.Muon(0.1, adjust_lr_fn=x) for x in ("original", "match_rms_adamw")
+    )
+    for optimizer in (usual, adjusted):
+        optimizer.init(tree)
+    optim.save(tmp_path / "file", tree, usual)
+    with pytest.raises(ValueError, match="adjust_lr_fn"):
+        optim.load(tmp_path / "file", tree, adjusted)
 
 
 def test_coefficients(backend: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -39,6 +39,13 @@ POLAR_EXPRESS: list[Triple] = [
 ]
 # By this much a singular value may be rounded past 1; the last polynomial bears it.
 SAFETY = 1.01
+
+# By what the learning rate of a matrix is multiplied, by the names of torch.optim.Muon.
+ADJUST_LR: dict[str, Callable[[int, int], float]] = {
+    "original": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
+    "match_rms_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    "spectral_unclamped": lambda rows, columns: (rows / columns) ** 0.5,
+}
 
 # Elements of the matrices that are made orthogonal together, at most: more are no
 # faster, and their products need several times as much memory.
@@ -89,10 +96,18 @@ class Muon(FusedOptimizer, stock.Muon):
             gradient, of which NS keeps but the direction. Default: ``False``
         matrix_scale (bool, optional): Take rows and columns of a filter from the matrix
             that it is flattened to. Default: ``False``
+        adjust_lr_fn (str, optional): By what the learning rate of a matrix is
+            multiplied: ``"original"``, :math:`\sqrt{\max(1, \text{rows} /
+            \text{columns})}` as above; ``"match_rms_adamw"``,
+            :math:`0.2 \sqrt{\max(\text{rows}, \text{columns})}`, for learning rates
+            and decay that were found for AdamW (Liu et al., "Muon is scalable for LLM
+            training", arXiv:2502.16982); ``"spectral_unclamped"``,
+            :math:`\sqrt{\text{rows} / \text{columns}}`. Default: ``"original"``
         {options}
 
     Raises:
-        ValueError: If ``max_grad_norm`` is negative, or ``ns_coefficients`` are none.
+        ValueError: If ``max_grad_norm`` is negative, ``ns_coefficients`` are none, or
+            ``adjust_lr_fn`` is another.
         TypeError: In a step, if a matrix is complex.
     """
 
@@ -106,6 +121,7 @@ class Muon(FusedOptimizer, stock.Muon):
         ns_coefficients: Triple | Sequence[Triple] | str = JORDAN,
         decoupled_weight_decay: bool = False,
         matrix_scale: bool = False,
+        adjust_lr_fn: str = "original",
         **options: Unpack[DecayOptions],
     ) -> None:
         check_numbers(self, momentum=momentum, weight_decay=weight_decay)
@@ -116,6 +132,13 @@ class Muon(FusedOptimizer, stock.Muon):
         # Only then, so that checkpoints stay those of mlx.optimizers by default.
         if ns_coefficients != JORDAN:
             self.ns_coefficients = ns_coefficients
+        if adjust_lr_fn not in ADJUST_LR:
+            raise ValueError(
+                f"adjust_lr_fn should be {' or '.join(map(repr, ADJUST_LR))}, "
+                f"{adjust_lr_fn!r} was provided instead"
+            )
+        if adjust_lr_fn != "original":
+            self.adjust_lr_fn = adjust_lr_fn
         self.decoupled_weight_decay = decoupled_weight_decay
         self.matrix_scale = matrix_scale
         self._set_options(**options)
@@ -123,6 +146,11 @@ class Muon(FusedOptimizer, stock.Muon):
     rule = "MuonMoment"
     takes_whole = True
     ns_coefficients: Triple | Sequence[Triple] | str = JORDAN
+    adjust_lr_fn: str = "original"
+
+    def _group_arguments(self) -> set[str]:
+        # The iterations take matrices of several groups together.
+        return {"learning_rate", *self._hyperparameters()}
 
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
         parameters = leaves.parameters
@@ -202,14 +230,14 @@ class Muon(FusedOptimizer, stock.Muon):
         return usual or next(iter(moments), mx.float32)
 
     def _stretch(self, parameter: mx.array) -> float:
-        """The factor of the learning rate, by the aspect ratio."""
+        """The factor of the learning rate, by the matrix' shape."""
         if parameter.ndim < 2 or parameter.size == 0:
             return 1.0
         rows, columns = parameter.shape[-2:]
         if self.matrix_scale:
             rows = parameter.shape[0]
             columns = parameter.size // rows
-        return float(max(1.0, rows / columns) ** 0.5)
+        return ADJUST_LR[self.adjust_lr_fn](rows, columns)
 
     def _orthogonalized(
         self, directions: list[mx.array], products: mx.Dtype
