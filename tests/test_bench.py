@@ -98,6 +98,20 @@ def test_the_first_pages_charts_show_the_results(tmp_path: Path) -> None:
         assert texts(kept) == texts(path.read_text()), "run: python -m bench.front_page"
 
 
+def test_the_readmes_cost_on_metal_is_that_of_the_results() -> None:
+    report = json.loads((ROOT / "bench" / "results" / "metal_cost.json").read_text())
+    lines = (ROOT / "README.md").read_text().splitlines()
+    fused = lines[lines.index("## What is fused today") :]
+    for row in report["rows"]:
+        name = row["optimizer"]
+        found = next((line for line in fused if f"`{name}`" in line), None)
+        if row["dtype"] != "float32" or found is None:
+            continue
+        *_, size, launches, _ = found.split("|")
+        assert size.split()[0].rstrip(",") == f"{row['bytes_per_parameter']:.3g}", name
+        assert launches.split()[0] == f"{row['launches_per_tensor']:.2f}", name
+
+
 def texts(svg: str) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)<", svg)
 
