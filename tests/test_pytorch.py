@@ -128,5 +128,5 @@ def test_every_program_of_the_page_has_numbers() -> None:
         "different": reference.DIFFERENT,
     }.items():
         programs = [theirs for theirs, _ in reference.rows(section)]
-        assert programs == [*STORED[part]]
+        assert programs == [*STORED[part]], "run: python tests/torch_reference.py"
         assert len(programs) >= 5
