@@ -153,9 +153,9 @@ GroupUpdate check_group(const RuleTraits& rule, const Formats& formats) {
   GroupUpdate update{
       std::make_shared<GroupLayout>(
           rule, tensors,
-          std::array<bool, scalar_count>{rule.reads_learning_rate,
-                                         rule.reads_step || is_random, true,
-                                         true, is_random},
+          std::array<bool, scalar_count>{
+              rule.reads_learning_rate, rule.reads_step || is_random, true,
+              true, rule.reads_coefficient, is_random},
           formats),
       nullptr,
       {},
@@ -180,10 +180,14 @@ Arrays check_inputs(const GroupLayout& layout) {
   const auto& formats = layout.formats;
   const int tensors = layout.tensors;
   Arrays inputs;
-  std::vector<float> rates, scales;
+  std::vector<float> rates, scales, coefficients;
+  std::vector<uint64_t> steps;
   for (uint32_t tensor = 0; tensor < static_cast<uint32_t>(tensors); ++tensor) {
     rates.push_back(0.1f / static_cast<float>(tensor + 1));
     scales.push_back(0.75f - 0.1f * static_cast<float>(tensor));
+    coefficients.push_back(0.9f - 0.1f * static_cast<float>(tensor));
+    // At step 1 Adafactor forgets its means.
+    steps.push_back(tensor + (rule.is_factored() ? 3 : 1));
     for (int slot = 0; slot < layout.slots(); ++slot) {
       const auto& format = formats[slot];
       auto shape =
@@ -209,11 +213,13 @@ Arrays check_inputs(const GroupLayout& layout) {
     inputs.push_back(mx::array(rates.begin(), {tensors}));
   }
   if (layout.has[step]) {
-    // At step 1 Adafactor forgets its means.
-    inputs.push_back(mx::array(uint64_t{rule.is_factored() ? 3u : 1u}));
+    inputs.push_back(mx::array(steps.begin(), {tensors}));
   }
   inputs.push_back(mx::array(scales.begin(), {tensors}));
   inputs.push_back(mx::equal(mx::arange(tensors), mx::array(0)));
+  if (layout.has[coefficient]) {
+    inputs.push_back(mx::array(coefficients.begin(), {tensors}));
+  }
   if (layout.has[seed]) {
     inputs.push_back(mx::array(uint32_t{7}));
   }
@@ -304,19 +310,24 @@ std::optional<std::string> check_update(const RuleTraits& rule,
   return error.what();
 }
 
-std::optional<std::string> check_sums(mx::Dtype dtype, mx::Stream stream) try {
+std::optional<std::string> check_sums(mx::Dtype dtype, bool counts,
+                                      mx::Stream stream) try {
   const mx::StreamContext context(stream);
   Arrays inputs;
   for (size_t i = 0; i < check_sums_count; ++i) {
     const auto& shape = check_shapes[i % check_shapes.size()];
-    inputs.push_back(transposed(sample(shape, dtype, i)));
+    auto a = transposed(sample(shape, dtype, i));
+    if (counts) {  // some of them zero
+      a = mx::maximum(a - mx::array(1.0f, dtype), mx::array(0.0f, dtype));
+    }
+    inputs.push_back(a);
   }
   // MLX adds thousands of squares in float32, and loses more than we do.
   const mx::array limit(2.0f);
   mx::eval(inputs);
-  auto actual = SumsOfSquares::make_outputs(inputs, limit, stream);
+  auto actual = SumsOfSquares::make_outputs(inputs, limit, counts, stream);
   inputs.push_back(limit);
-  const auto expected = composed_sums(stream)(inputs);
+  const auto expected = composed_sums(counts, stream)(inputs);
   mx::eval(actual);
   for (size_t i = 0; i < actual.size(); ++i) {
     if (auto difference = compare(actual[i], expected[i], 5e-5)) {
@@ -334,10 +345,11 @@ bool is_trusted(const RuleTraits& rule, const Formats& formats,
                  [&] { return check_update(rule, formats, stream); });
 }
 
-bool is_trusted_sum(mx::Dtype dtype, mx::Stream stream) {
-  const Formats formats = {{Storage::plain, dtype}};
-  return look_up(key_of(nullptr, formats, stream), "sums" + describe(formats),
-                 [&] { return check_sums(dtype, stream); });
+bool is_trusted_sum(mx::Dtype dtype, bool counts, mx::Stream stream) {
+  const Formats formats(counts ? 2 : 1, {Storage::plain, dtype});
+  return look_up(key_of(nullptr, formats, stream),
+                 (counts ? "counts" : "sums") + describe({formats[0]}),
+                 [&] { return check_sums(dtype, counts, stream); });
 }
 
 std::string take_failures() {

@@ -21,14 +21,15 @@ std::optional<std::string> check_update(const RuleTraits& rule,
                                         bool must_be_in_place = false);
 
 // The same of the sums of squares of arrays of a dtype.
-std::optional<std::string> check_sums(mlx::core::Dtype dtype,
+std::optional<std::string> check_sums(mlx::core::Dtype dtype, bool counts,
                                       mlx::core::Stream stream);
 
 // Whether the kernel passes its check on this stream's device. It is checked
 // when it is first asked for; a failure is kept for take_failures().
 bool is_trusted(const RuleTraits& rule, const Formats& formats,
                 mlx::core::Stream stream);
-bool is_trusted_sum(mlx::core::Dtype dtype, mlx::core::Stream stream);
+bool is_trusted_sum(mlx::core::Dtype dtype, bool counts,
+                    mlx::core::Stream stream);
 
 // The failures since the last call, a line each.
 std::string take_failures();

@@ -270,6 +270,7 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
     const auto& value = scalars.values[kind];
     has[kind] = kind == learning_rate ? rule.reads_learning_rate
                 : kind == step        ? rule.reads_step
+                : kind == coefficient ? rule.reads_coefficient
                                       : value.has_value();
     if (!has[kind] && !(kind == step && scalars.values[seed])) {
       continue;
@@ -364,7 +365,7 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
 }
 
 Norm sums_of_squares(const Arrays& arrays, const mx::array& max_norm,
-                     mx::StreamOrDevice s) {
+                     bool counts, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
   bool trusted = !arrays.empty();
   for (const auto& a : arrays) {
@@ -374,15 +375,15 @@ Norm sums_of_squares(const Arrays& arrays, const mx::array& max_norm,
               << "; expected float32, float16 or bfloat16.";
       throw std::invalid_argument(message.str());
     }
-    trusted =
-        trusted && (!runs_metal(stream) || is_trusted_sum(a.dtype(), stream));
+    trusted = trusted && (!runs_metal(stream) ||
+                          is_trusted_sum(a.dtype(), counts, stream));
   }
   const auto limit = scalar({"max_norm", mx::float32, "float"}, max_norm, 1, s);
   auto inputs = arrays;
   inputs.push_back(limit);
-  const auto outputs = trusted
-                           ? SumsOfSquares::make_outputs(arrays, limit, stream)
-                           : composed_sums(stream)(inputs);
+  const auto outputs =
+      trusted ? SumsOfSquares::make_outputs(arrays, limit, counts, stream)
+              : composed_sums(counts, stream)(inputs);
   return {outputs[0], outputs[1], outputs[2]};
 }
 

@@ -48,14 +48,14 @@ struct Request {
 void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s = {});
 
 // The sums of squares of arrays of kernels' dtypes, their norm and the clip
-// factor, as SumsOfSquares.
+// factor, or how many of their elements are not zero, as SumsOfSquares.
 struct Norm {
   mx::array sums;
   mx::array norm;
   mx::array factor;
 };
 Norm sums_of_squares(const Arrays& arrays, const mx::array& max_norm,
-                     mx::StreamOrDevice s = {});
+                     bool counts = false, mx::StreamOrDevice s = {});
 
 // The arrays times a float32 scalar, in their own dtype and, where nothing else
 // holds them, in their own memory.

@@ -35,8 +35,13 @@ std::string joined(const std::vector<std::string>& parts) {
 template <int index>
 RuleTraits traits_of() {
   using Rule = typename RegisteredRule<index>::template Type<float>;
-  RuleTraits traits{index, RegisteredRule<index>::type, {},
-                    {},    Rule::reads_learning_rate,   Rule::reads_step,
+  RuleTraits traits{index,
+                    RegisteredRule<index>::type,
+                    {},
+                    {},
+                    Rule::reads_learning_rate,
+                    Rule::reads_step,
+                    Rule::reads_coefficient,
                     {}};
   if constexpr (Rule::numbers > 0) {
     traits.hyperparameters = split(Rule::number_names);
@@ -62,8 +67,8 @@ RuleTraits traits_of() {
 
 RuleTraits traits_of_adafactor(int index, bool is_matrix, bool has_moment) {
   using Rule = Adafactor<float>;
-  RuleTraits traits{index, "Adafactor", split(Rule::number_names), {}, true,
-                    true,  {}};
+  RuleTraits traits{
+      index, "Adafactor", split(Rule::number_names), {}, true, true, false, {}};
   traits.name += is_matrix ? "Matrix" : "Vector";
   traits.states =
       is_matrix ? std::vector<std::string>{"exp_avg_sq_row", "exp_avg_sq_col"}

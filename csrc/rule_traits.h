@@ -28,6 +28,7 @@ struct RuleTraits {
   std::vector<std::string> states;
   bool reads_learning_rate;
   bool reads_step;
+  bool reads_coefficient;
   std::vector<Slot> slots;
   // Of Adafactor, the states that are running means of squares, which come
   // first: of a matrix' rows and columns, or one of a vector. Rules of one

@@ -68,6 +68,16 @@ constexpr int before_rules = __COUNTER__;
 
 #include "../metal/update_rules.h"
 
+// What depends on no element; few rules take the third number.
+template <typename Rule, typename T>
+inline void prepare(Rule& rule, T rate, T step, T coefficient) {
+  if constexpr (Rule::reads_coefficient) {
+    rule.prepare(rate, step, coefficient);
+  } else {
+    rule.prepare(rate, step);
+  }
+}
+
 inline float half_of(float x) { return from_float16(to_float16(x)); }
 
 #include "../metal/formats.h"

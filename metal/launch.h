@@ -20,7 +20,7 @@ struct LaunchTensor {
   uint32_t is_narrow;   // 1 if 32 bits suffice for the walk
   uint32_t is_transposed;  // 1 if its tiles are blocks, see gradients.h
   uint32_t numbers;        // where its rule's numbers stand
-  uint32_t scalars[4];     // its entry of each scalar (csrc/graph/layout.h)
+  uint32_t scalars[5];     // its entry of each scalar (csrc/graph/layout.h)
   uint32_t number;         // its own in the step, for random bits
   uint32_t first_partial;  // where the sums of its tiles go (sums.metal)
 };

@@ -1,5 +1,5 @@
 // The sum of squares of each of any number of arrays, and their global L2 norm,
-// in two deterministic stages.
+// in two deterministic stages; or the same of ones where values are not zero.
 //
 // Stage one: a threadgroup sums the squares of one tile in float32 and writes a
 // partial sum. csrc/metal/kernel_source.cpp adds its kernel, which binds the
@@ -43,7 +43,7 @@ METAL_FUNC float2 threadgroup_sum(
       simd_sum(is_there ? sums[simd_size + lane] : 0));
 }
 
-template <typename T>
+template <bool counts, typename T>
 METAL_FUNC void sum_tile(
     const device T* in,
     constant LaunchTensor& tensor,
@@ -65,6 +65,9 @@ METAL_FUNC void sum_tile(
     float values[vector_size];
     load_gradient(in, tensor, walks, at, values);
     FOR_EACH_OF_VECTOR {
+      if (counts) {
+        values[i] = float(values[i] != 0);
+      }
       const float small = values[i] * norm_scale;
       sum += values[i] * values[i];
       scaled += small * small;

@@ -19,7 +19,9 @@
 //   NON_NEGATIVE(...)     those of the states that never are negative.
 //   reads_... writes_...  where it differs from RuleDefaults.
 //   prepare(rate, step)   once per tensor: what depends on no element. A rule
-//                         that does not read one of the two must not use it.
+//                         that does not read one of the two must not use it;
+//                         one that reads the coefficient, a number of its own
+//                         that Python computes each step, takes a third.
 //   update(g, p, s)       once per element: changes the parameter p and the
 //                         states s by the gradient g, which is already
 //                         multiplied by the gradient scale.
@@ -40,6 +42,7 @@ struct RuleDefaults {
   static constexpr constant int states = 0;
   static constexpr constant bool reads_learning_rate = true;
   static constexpr constant bool reads_step = false;
+  static constexpr constant bool reads_coefficient = false;
   static constexpr constant bool reads_parameter = true;
   static constexpr constant bool writes_parameter = true;
   static constexpr constant bool writes_gradient = false;
@@ -218,6 +221,273 @@ RULE(AdEMAMix) {
     v = moving_average(beta2, v, g * g);
     p = p * retained - learning_rate * (m1 * scale1 + slow_weight * m2) /
                            (square_root(v) * inverse_correction + eps.value);
+  }
+};
+
+// Adam and AdamW whose denominator never shrinks.
+// Reddi, Kale and Kumar, "On the convergence of Adam and beyond", ICLR 2018.
+RULE(AMSGrad) {
+  static constexpr constant bool reads_step = true;
+  HYPERPARAMETERS(beta1, beta2, eps, weight_decay, bias_correction);
+  STATES(m, v, v_max);
+  NON_NEGATIVE(v, v_max);
+
+  T retained;  // what decay leaves of p
+  T step_size;
+  T inverse_correction;  // 1 / sqrt(1 - beta2^step)
+
+  void prepare(T rate, T step) thread {
+    retained = 1 - rate * weight_decay.value;
+    step_size = rate;
+    inverse_correction = 1;
+    if (bias_correction.value != 0) {
+      step_size = rate / one_minus_power(beta1, step);
+      inverse_correction = 1 / square_root(one_minus_power(beta2, step));
+    }
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& v = s[1];
+    thread T& v_max = s[2];
+    m = moving_average(beta1, m, g);
+    v = moving_average(beta2, v, g * g);
+    v_max = larger(v_max, v);
+    p = p * retained -
+        step_size * m / (square_root(v_max) * inverse_correction + eps.value);
+  }
+};
+
+// AdaBelief with AdamW's decay: small where gradients are as expected.
+// Zhuang et al., "AdaBelief optimizer: adapting stepsizes by the belief in
+// observed gradients", arXiv:2010.07468, algorithm 2.
+RULE(AdaBelief) {
+  static constexpr constant bool reads_step = true;
+  HYPERPARAMETERS(beta1, beta2, eps, weight_decay);
+  STATES(m, v);
+  NON_NEGATIVE(v);
+
+  T retained;            // what decay leaves of p
+  T step_size;           // learning_rate / (1 - beta1^step)
+  T inverse_correction;  // 1 / sqrt(1 - beta2^step)
+
+  void prepare(T rate, T step) thread {
+    retained = 1 - rate * weight_decay.value;
+    step_size = rate / one_minus_power(beta1, step);
+    inverse_correction = 1 / square_root(one_minus_power(beta2, step));
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& v = s[1];
+    m = moving_average(beta1, m, g);
+    const T surprise = g - m;
+    v = moving_average(beta2, v, surprise * surprise) + eps.value;
+    p = p * retained -
+        step_size * m / (square_root(v) * inverse_correction + eps.value);
+  }
+};
+
+// Adan: Nesterov momentum by the difference from the step before, which the
+// first step has none of.
+// Xie et al., "Adan: adaptive Nesterov momentum algorithm for faster optimizing
+// deep models", arXiv:2208.06677, algorithm 1 with the authors' bias
+// correction.
+RULE(Adan) {
+  static constexpr constant bool reads_step = true;
+  HYPERPARAMETERS(beta1, beta2, beta3, eps, weight_decay, no_prox);
+  STATES(m, d, v, previous);
+  NON_NEGATIVE(v);
+
+  T learning_rate;
+  T before;  // decay multiplies p by these, before and after its update
+  T after;
+  T scale_m;             // 1 / (1 - beta1^step)
+  T scale_d;             // beta2 / (1 - beta2^step)
+  T inverse_correction;  // 1 / sqrt(1 - beta3^step)
+  T has_previous;        // 0 in the first step, then 1
+
+  void prepare(T rate, T step) thread {
+    learning_rate = rate;
+    const T decay = rate * weight_decay.value;
+    before = 1;
+    after = 1;
+    if (no_prox.value != 0) {
+      before = 1 - decay;
+    } else {
+      after = 1 / (1 + decay);
+    }
+    scale_m = 1 / one_minus_power(beta1, step);
+    scale_d = beta2.value / one_minus_power(beta2, step);
+    inverse_correction = 1 / square_root(one_minus_power(beta3, step));
+    has_previous = smaller(step - 1, 1);
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& d = s[1];
+    thread T& v = s[2];
+    thread T& previous = s[3];
+    const T difference = has_previous * (g - previous);
+    const T ahead = g + beta2.value * difference;
+    m = moving_average(beta1, m, g);
+    d = moving_average(beta2, d, difference);
+    v = moving_average(beta3, v, ahead * ahead);
+    previous = g;
+    p = (p * before - learning_rate * (m * scale_m + d * scale_d) /
+                          (square_root(v) * inverse_correction + eps.value)) *
+        after;
+  }
+};
+
+// NAdam. Its coefficient is 1 less the product of the momenta of all steps.
+// Dozat, "Incorporating Nesterov momentum into Adam", ICLR workshop 2016.
+RULE(NAdam) {
+  static constexpr constant bool reads_step = true;
+  static constexpr constant bool reads_coefficient = true;
+  HYPERPARAMETERS(
+      beta1, beta2, eps, weight_decay, momentum_decay, decoupled_weight_decay);
+  STATES(m, v);
+  NON_NEGATIVE(v);
+
+  T coupled;   // decay that is part of the gradient
+  T retained;  // what other decay leaves of p
+  T gradient_size;
+  T moment_size;
+  T inverse_correction;  // 1 / sqrt(1 - beta2^step)
+
+  void prepare(T rate, T step, T coefficient) thread {
+    coupled = weight_decay.value;
+    retained = 1;
+    if (decoupled_weight_decay.value != 0) {
+      coupled = 0;
+      retained = 1 - rate * weight_decay.value;
+    }
+    const T decay = power(T(0.96f), step * momentum_decay.value);
+    const T next_decay = power(T(0.96f), (step + 1) * momentum_decay.value);
+    const T momentum = beta1.value * (1 - T(0.5f) * decay);
+    const T next = beta1.value * (1 - T(0.5f) * next_decay);
+    gradient_size = rate * (1 - momentum) / coefficient;
+    moment_size = rate * next / (coefficient + (1 - coefficient) * (1 - next));
+    inverse_correction = 1 / square_root(one_minus_power(beta2, step));
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& v = s[1];
+    if (weight_decay.value != 0) {
+      g = g + coupled * p;
+    }
+    m = moving_average(beta1, m, g);
+    v = moving_average(beta2, v, g * g);
+    p = p * retained - (gradient_size * g + moment_size * m) /
+                           (square_root(v) * inverse_correction + eps.value);
+  }
+};
+
+// RAdam. Its coefficient is the rectification, or 0 in the first steps, which
+// divide by no second moment.
+// Liu et al., "On the variance of the adaptive learning rate and beyond",
+// arXiv:1908.03265, algorithm 2.
+RULE(RAdam) {
+  static constexpr constant bool reads_step = true;
+  static constexpr constant bool reads_coefficient = true;
+  HYPERPARAMETERS(beta1, beta2, eps, weight_decay, decoupled_weight_decay);
+  STATES(m, v);
+  NON_NEGATIVE(v);
+
+  T coupled;        // decay that is part of the gradient
+  T retained;       // what other decay leaves of p
+  T step_size;      // rectification * learning_rate / (1 - beta1^step)
+  T root_factor;    // 1 / sqrt(1 - beta2^step), or 0
+  T constant_part;  // of the denominator: 0, or 1
+
+  void prepare(T rate, T step, T coefficient) thread {
+    coupled = weight_decay.value;
+    retained = 1;
+    if (decoupled_weight_decay.value != 0) {
+      coupled = 0;
+      retained = 1 - rate * weight_decay.value;
+    }
+    const T is_rectified = sign_of(coefficient);
+    constant_part = 1 - is_rectified;
+    step_size =
+        rate * (coefficient + constant_part) / one_minus_power(beta1, step);
+    root_factor = is_rectified / square_root(one_minus_power(beta2, step));
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& v = s[1];
+    if (weight_decay.value != 0) {
+      g = g + coupled * p;
+    }
+    m = moving_average(beta1, m, g);
+    v = moving_average(beta2, v, g * g);
+    p = p * retained -
+        step_size * m /
+            ((square_root(v) + eps.value) * root_factor + constant_part);
+  }
+};
+
+// Schedule-free SGD. The parameter is y, where gradients are taken; z is the
+// sequence of SGD. The coefficient is the weight of z in their average x.
+// Defazio et al., "The road less scheduled", arXiv:2405.15682.
+RULE(ScheduleFreeSGD) {
+  static constexpr constant bool reads_coefficient = true;
+  HYPERPARAMETERS(momentum, weight_decay);
+  STATES(z);
+
+  T learning_rate;
+  T weight;
+  T reach;  // of the gradient in y
+
+  void prepare(T rate, T step, T coefficient) thread {
+    learning_rate = rate;
+    weight = coefficient;
+    reach = rate * (momentum.complement + momentum.value * coefficient);
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& z = s[0];
+    if (weight_decay.value != 0) {
+      g = g + weight_decay.value * p;
+    }
+    p = p + weight * (z - p) - reach * g;
+    z = z - learning_rate * g;
+  }
+};
+
+// Schedule-free AdamW: the same with Adam's second moment.
+RULE(ScheduleFreeAdamW) {
+  static constexpr constant bool reads_step = true;
+  static constexpr constant bool reads_coefficient = true;
+  HYPERPARAMETERS(beta1, beta2, eps, weight_decay);
+  STATES(z, v);
+  NON_NEGATIVE(v);
+
+  T learning_rate;
+  T weight;
+  T reach;               // of the update in y
+  T inverse_correction;  // 1 / sqrt(1 - beta2^step)
+
+  void prepare(T rate, T step, T coefficient) thread {
+    learning_rate = rate;
+    weight = coefficient;
+    reach = rate * (beta1.complement + beta1.value * coefficient);
+    inverse_correction = 1 / square_root(one_minus_power(beta2, step));
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& z = s[0];
+    thread T& v = s[1];
+    v = moving_average(beta2, v, g * g);
+    T u = g / (square_root(v) * inverse_correction + eps.value);
+    if (weight_decay.value != 0) {
+      u = u + weight_decay.value * p;
+    }
+    p = p + weight * (z - p) - reach * u;
+    z = z - learning_rate * u;
   }
 };
 
@@ -427,6 +697,91 @@ RULE(MuonMoment) {
     } else {
       g = v;
     }
+  }
+};
+
+// 1 where an update has the gradient's sign, and 0 elsewhere.
+// Liang et al., "Cautious optimizers", arXiv:2411.16085, algorithm 1.
+template <typename T>
+METAL_FUNC T agreement(T update, T g) {
+  return larger(sign_of(update) * sign_of(g), T(0));
+}
+
+// The beginning of a step of LAMB and of cautious Adam, whose size depends on
+// the whole update: it takes the gradient's place. Descent is the end.
+// You et al., "Large batch optimization for deep learning: training BERT in 76
+// minutes", arXiv:1904.00962, algorithm 2.
+RULE(AdamDirection) {
+  static constexpr constant bool reads_learning_rate = false;
+  static constexpr constant bool reads_step = true;
+  static constexpr constant bool writes_parameter = false;
+  static constexpr constant bool writes_gradient = true;
+  HYPERPARAMETERS(beta1, beta2, eps, weight_decay, bias_correction, cautious);
+  STATES(m, v);
+  NON_NEGATIVE(v);
+
+  T scale;               // 1 / (1 - beta1^step)
+  T inverse_correction;  // 1 / sqrt(1 - beta2^step)
+
+  void prepare(T rate, T step) thread {
+    scale = 1;
+    inverse_correction = 1;
+    if (bias_correction.value != 0) {
+      scale = 1 / one_minus_power(beta1, step);
+      inverse_correction = 1 / square_root(one_minus_power(beta2, step));
+    }
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    thread T& v = s[1];
+    m = moving_average(beta1, m, g);
+    v = moving_average(beta2, v, g * g);
+    T u = scale * m / (square_root(v) * inverse_correction + eps.value);
+    if (cautious.value != 0) {
+      u = u * agreement(m, g);
+    }
+    if (weight_decay.value != 0) {
+      u = u + weight_decay.value * p;
+    }
+    g = u;
+  }
+};
+
+// The same of cautious Lion.
+RULE(LionDirection) {
+  static constexpr constant bool reads_learning_rate = false;
+  static constexpr constant bool writes_parameter = false;
+  static constexpr constant bool writes_gradient = true;
+  HYPERPARAMETERS(beta1, beta2);
+  STATES(m);
+
+  void prepare(T rate, T step) thread {}
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    thread T& m = s[0];
+    const T c = moving_average(beta1, m, g);
+    m = moving_average(beta2, m, g);
+    g = sign_of(c) * agreement(c, g);
+  }
+};
+
+// The end of these steps: writes the update that stands in the gradient's
+// place, times the learning rate and the coefficient, that of the whole tensor.
+RULE(Descent) {
+  static constexpr constant bool reads_coefficient = true;
+  HYPERPARAMETERS(weight_decay);
+
+  T size;
+  T retained;  // what decay leaves of p
+
+  void prepare(T rate, T step, T coefficient) thread {
+    size = rate * coefficient;
+    retained = 1 - rate * weight_decay.value;
+  }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    p = p * retained - size * g;
   }
 };
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as stock
 import numpy as np
 import numpy.typing as npt
+import oracles
 import pytest
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
@@ -37,6 +38,13 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("Adamax", {}),
     ("AdEMAMix", {}),
     ("AdEMAMix", {"weight_decay": 0.1, "warmup": 20, "alpha": 3.0}),
+    ("AdamW", {"amsgrad": True, "bias_correction": True}),
+    ("AdaBelief", {"weight_decay": 0.1}),
+    ("Adan", {"weight_decay": 0.1}),
+    ("NAdam", {"weight_decay": 0.1, "momentum_decay": 0.1}),
+    ("RAdam", {"betas": (0.9, 0.99)}),
+    ("ScheduleFreeSGD", {"weight_decay": 0.1, "r": 1.0}),
+    ("ScheduleFreeAdamW", {"weight_decay": 0.1, "warmup_steps": 3}),
 ]
 # Those of which parts are MLX's own operations.
 PARTLY_FUSED: list[tuple[str, dict[str, Any]]] = [
@@ -45,6 +53,9 @@ PARTLY_FUSED: list[tuple[str, dict[str, Any]]] = [
     ("Adafactor", {"relative_step": False, "scale_parameter": False}),
     ("Muon", {}),
     ("Muon", {"nesterov": False, "weight_decay": 0.0}),
+    ("LAMB", {}),
+    ("AdamW", {"cautious": True, "weight_decay": 0.1}),
+    ("Lion", {"cautious": True, "weight_decay": 0.1}),
 ]
 ALL_OPTIMIZERS = [*OPTIMIZERS, *PARTLY_FUSED]
 # With weight decay left to the test.
@@ -110,7 +121,7 @@ class _Oracle:
     AdEMAMix = PlainAdEMAMix
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(stock, name)
+        return getattr(oracles if hasattr(oracles, name) else stock, name)
 
 
 oracle: Any = _Oracle()

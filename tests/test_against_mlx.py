@@ -92,9 +92,9 @@ def test_one_step_of_float32_agrees(
         assume(all(x.ndim < 3 for x in leaves_of(parameters).values()))
     ours, theirs = both(name, options)
     mine, reference = copy_tree(parameters), copy_tree(parameters)
-    # Adafactor's means and Muon's products are summed in another order, so a small
+    # Adafactor's means, norms and Muon's products are summed in another order: a small
     # element of an update has the rounding errors of the large ones.
-    absolute = {"Adafactor": 1e-6, "Muon": 1e-7}.get(name, 1e-8)
+    absolute = {"Adafactor": 1e-6, "LAMB": 1e-7, "Muon": 1e-7}.get(name, 1e-8)
     for _ in range(2):
         gradients = fill(parameters, rng, mx.float32, layout)
         mine = ours.apply_gradients(gradients, mine)
@@ -375,7 +375,7 @@ def test_every_public_name_of_mlx_optimizers_is_here() -> None:
     for name in public:
         value = getattr(optim, name)
         if isinstance(value, type):
-            assert issubclass(value, getattr(oracle, name))
+            assert issubclass(value, getattr(stock, name))
             if issubclass(value, stock.Optimizer):
                 assert issubclass(value, optim.Optimizer)
 

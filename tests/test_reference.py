@@ -59,11 +59,154 @@ def lion(p: Array, gradients: list[Array]) -> Array:
     return p
 
 
+def corrected(m: Array, v: Array, t: int, eps: float = 1e-8) -> Array:
+    root = np.sqrt(v / (1 - 0.999**t))
+    update: Array = m / (1 - 0.9**t) / (root + eps)
+    return update
+
+
+def amsgrad(p: Array, gradients: list[Array]) -> Array:
+    """As torch.optim.AdamW has it: the bias is corrected after the maximum."""
+    m, v, v_max = (np.zeros_like(p) for _ in range(3))
+    for t, g in enumerate(gradients, 1):
+        m = 0.9 * m + (1 - 0.9) * g
+        v = 0.999 * v + (1 - 0.999) * g * g
+        v_max = np.maximum(v_max, v)
+        p = p - 1e-2 * 0.1 * p - 1e-2 * corrected(m, v_max, t)
+    return p
+
+
+def adabelief(p: Array, gradients: list[Array]) -> Array:
+    m, s = np.zeros_like(p), np.zeros_like(p)
+    for t, g in enumerate(gradients, 1):
+        m = 0.9 * m + (1 - 0.9) * g
+        s = 0.999 * s + (1 - 0.999) * (g - m) ** 2 + 1e-16
+        p = p - 1e-2 * 0.1 * p - 1e-2 * corrected(m, s, t, 1e-16)
+    return p
+
+
+def adan(p: Array, gradients: list[Array]) -> Array:
+    m, v, n = (np.zeros_like(p) for _ in range(3))
+    before = gradients[0]
+    for t, g in enumerate(gradients, 1):
+        m = 0.98 * m + (1 - 0.98) * g
+        v = 0.92 * v + (1 - 0.92) * (g - before)
+        n = 0.99 * n + (1 - 0.99) * (g + 0.92 * (g - before)) ** 2
+        size = 1e-2 / (np.sqrt(n / (1 - 0.99**t)) + 1e-8)
+        ahead = m / (1 - 0.98**t) + 0.92 * v / (1 - 0.92**t)
+        p = (p - size * ahead) / (1 + 1e-2 * 0.1)
+        before = g
+    return p
+
+
+def nadam(p: Array, gradients: list[Array]) -> Array:
+    """As torch.optim.NAdam, with coupled decay."""
+    m, v, product = np.zeros_like(p), np.zeros_like(p), 1.0
+    for t, g in enumerate(gradients, 1):
+        g = g + 0.1 * p
+        mu, after = (0.9 * (1 - 0.5 * 0.96 ** (i * 0.04)) for i in (t, t + 1))
+        product *= mu
+        m = 0.9 * m + (1 - 0.9) * g
+        v = 0.999 * v + (1 - 0.999) * g * g
+        ahead = after * m / (1 - product * after) + (1 - mu) * g / (1 - product)
+        p = p - 1e-2 * ahead / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    return p
+
+
+def radam(p: Array, gradients: list[Array]) -> Array:
+    """As torch.optim.RAdam, with decoupled decay."""
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    most = 2 / (1 - 0.999) - 1
+    for t, g in enumerate(gradients, 1):
+        p = p - 1e-2 * 0.1 * p
+        m = 0.9 * m + (1 - 0.9) * g
+        v = 0.999 * v + (1 - 0.999) * g * g
+        rho = most - 2 * t * 0.999**t / (1 - 0.999**t)
+        update = m / (1 - 0.9**t)
+        if rho > 5:
+            rest = (most - 4) * (most - 2) * rho
+            update *= np.sqrt((rho - 4) * (rho - 2) * most / rest)
+            update *= np.sqrt(1 - 0.999**t) / (np.sqrt(v) + 1e-8)
+        p = p - 1e-2 * update
+    return p
+
+
+def lamb(p: Array, gradients: list[Array]) -> Array:
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, g in enumerate(gradients, 1):
+        m = 0.9 * m + (1 - 0.9) * g
+        v = 0.999 * v + (1 - 0.999) * g * g
+        update = corrected(m, v, t, 1e-6) + 0.1 * p
+        p = p - 1e-2 * np.linalg.norm(p) / np.linalg.norm(update) * update
+    return p
+
+
+def cautious(update: Array, g: Array) -> Array:
+    mask = update * g > 0
+    result: Array = update * mask / max(mask.mean(), 1e-3)
+    return result
+
+
+def cautious_adamw(p: Array, gradients: list[Array]) -> Array:
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, g in enumerate(gradients, 1):
+        m = 0.9 * m + (1 - 0.9) * g
+        v = 0.999 * v + (1 - 0.999) * g * g
+        p = p - 1e-2 * 0.1 * p - 1e-2 * cautious(corrected(m, v, t), g)
+    return p
+
+
+def cautious_lion(p: Array, gradients: list[Array]) -> Array:
+    m = np.zeros_like(p)
+    for g in gradients:
+        update = cautious(np.sign(0.9 * m + (1 - 0.9) * g), g)
+        p = p - 1e-2 * (update + 0.1 * p)
+        m = 0.99 * m + (1 - 0.99) * g
+    return p
+
+
+def schedule_free(
+    p: Array, gradients: list[Array], beta: float, adapts: bool, power: float
+) -> Array:
+    """The sequences of the paper, of which y is what the model has."""
+    x, z, v, total = p, p, np.zeros_like(p), 0.0
+    for t, g in enumerate(gradients, 1):
+        y = (1 - beta) * z + beta * x
+        rate = 1e-2 * min(t / 7, 1)
+        weight = t**power * rate**2
+        total += weight
+        v = 0.999 * v + (1 - 0.999) * g * g
+        root = np.sqrt(v / (1 - 0.999**t)) + 1e-8
+        z = z - rate * (g / (root if adapts else 1.0) + 0.1 * y)
+        x = x + weight / total * (z - x)
+    return (1 - beta) * z + beta * x
+
+
+def schedule_free_sgd(p: Array, gradients: list[Array]) -> Array:
+    return schedule_free(p, gradients, 0.8, False, 1.0)
+
+
+def schedule_free_adamw(p: Array, gradients: list[Array]) -> Array:
+    return schedule_free(p, gradients, 0.9, True, 0.0)
+
+
+ADAMW = {"weight_decay": 0.1, "bias_correction": True}
+FREE = {"weight_decay": 0.1, "warmup_steps": 7}
 CASES: list[tuple[Callable[..., Any], dict[str, Any], Callable[..., Array]]] = [
     (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, sgd),
     (optim.AdamW, {"weight_decay": 0.1, "bias_correction": True}, adamw),
     (optim.Lion, {"weight_decay": 0.1}, lion),
     (optim.AdEMAMix, {"weight_decay": 0.1, "warmup": 30}, ademamix),
+    (optim.AdamW, {**ADAMW, "amsgrad": True}, amsgrad),
+    (optim.AdaBelief, {"weight_decay": 0.1}, adabelief),
+    (optim.Adan, {"weight_decay": 0.1}, adan),
+    (optim.NAdam, {"weight_decay": 0.1, "momentum_decay": 0.04}, nadam),
+    (optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}, radam),
+    (optim.LAMB, {"weight_decay": 0.1}, lamb),
+    (optim.AdamW, {**ADAMW, "cautious": True}, cautious_adamw),
+    (optim.Lion, {"weight_decay": 0.1, "cautious": True}, cautious_lion),
+    (optim.ScheduleFreeSGD, {**FREE, "momentum": 0.8, "r": 1.0}, schedule_free_sgd),
+    (optim.ScheduleFreeAdamW, FREE, schedule_free_adamw),
 ]
 
 
@@ -88,6 +231,57 @@ def test_float32_follows_the_paper(
     np.testing.assert_allclose(
         to_numpy(parameters["w"]), expected, rtol=2e-6 * STEPS, atol=1e-6 * STEPS
     )
+
+
+# Of three elements that start at 0.5, -1 and 2, after four times these gradients:
+# by torch 2.14 in float64.
+GRADIENTS = [[1.0, -0.5, 0.25], [0.5, 1.0, -2.0], [-3.0, 0.1, 0.7]]
+TORCHS: list[tuple[str, dict[str, Any], list[float]]] = [
+    (
+        "NAdam",
+        {"weight_decay": 0.1, "momentum_decay": 2.0},
+        [0.550585072, -1.055033119, 2.032206239],
+    ),
+    (
+        "NAdam",
+        {"betas": (0.95, 0.9), "weight_decay": 0.1, "decoupled_weight_decay": True},
+        [0.524921843, -1.036723116, 1.888753839],
+    ),
+    ("RAdam", {"betas": (0.9, 0.99999)}, [0.407946416, -1.028020207, 2.17973229]),
+    (
+        "RAdam",
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        [0.368260887, -0.920942027, 1.945609439],
+    ),
+    ("RAdam", {"betas": (0.9, 0.6)}, [0.715788201, -1.160253306, 2.427432568]),
+    (
+        "Adam",
+        {"amsgrad": True, "betas": (0.5, 0.6), "bias_correction": True},
+        [0.577605056, -1.223697353, 2.202604013],
+    ),
+    (
+        "AdamW",
+        {
+            "amsgrad": True,
+            "betas": (0.5, 0.6),
+            "weight_decay": 0.1,
+            "bias_correction": True,
+        },
+        [0.527834544, -1.104511923, 1.969511529],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), TORCHS)
+def test_steps_are_torchs(
+    backend: str, name: str, options: dict[str, Any], expected: list[float]
+) -> None:
+    optimizer = getattr(optim, name)(0.1, **options)
+    parameters = {"w": mx.array([0.5, -1.0, 2.0])}
+    for _ in range(4):
+        for g in GRADIENTS:
+            parameters = optimizer.apply_gradients({"w": mx.array(g)}, parameters)
+    np.testing.assert_allclose(to_numpy(parameters["w"]), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.999999, 1 - 1e-9])

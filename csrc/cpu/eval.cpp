@@ -168,14 +168,19 @@ void store(const View& view, size_t start, size_t n, const float* values) {
   }
 }
 
+// Of n elements times scale or, where it is 0, how many are not zero.
 double sum_of_squares(const View& view, size_t start, size_t n, float scale) {
   alignas(64) float buffer[cpu::block_size];
   float lanes[cpu::sum_lanes] = {};
   const size_t block = is_direct(view) ? n : cpu::block_size;
   for (size_t end = start + n; start < end; start += block) {
     const size_t size = std::min(block, end - start);
-    cpu::loops().add_squares(load(view, start, size, buffer), size, scale,
-                             lanes);
+    const auto* values = load(view, start, size, buffer);
+    if (scale == 0) {
+      cpu::loops().add_nonzero(values, size, lanes);
+    } else {
+      cpu::loops().add_squares(values, size, scale, lanes);
+    }
   }
   return std::accumulate(std::begin(lanes), std::end(lanes), 0.0);
 }
@@ -215,6 +220,7 @@ struct UpdateTask {
   Scalar<uint64_t> step = {};
   Scalar<float> gradient_scale = {};
   Scalar<bool> skip = {};
+  Scalar<float> coefficient = {};
   Scalar<uint32_t> seed = {};
   std::vector<Tensor> tensors = {};
   Kept kept = {};
@@ -368,7 +374,7 @@ struct UpdateTask {
            const cpu::Block<T>& block, size_t n) const {
     loop(layout->rule->index, numbers[tensor.entry.hyperparameters].data(),
          learning_rate.of(tensor, 0), static_cast<float>(step.of(tensor, 0)),
-         gradient_scale.of(tensor, 1), block, n);
+         coefficient.of(tensor, 0), gradient_scale.of(tensor, 1), block, n);
   }
 
   // Where all arrays are contiguous and of one dtype.
@@ -557,6 +563,7 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
   scalar(task.step, step);
   scalar(task.gradient_scale, gradient_scale);
   scalar(task.skip, skip);
+  scalar(task.coefficient, coefficient);
   scalar(task.seed, seed);
 
   dispatch(std::move(task));
@@ -576,7 +583,7 @@ void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   }
   mx::cpu::get_command_encoder(stream()).dispatch(
       [kept = std::move(kept), views = std::move(views),
-       sizes = std::move(sizes), counts = std::move(counts),
+       sizes = std::move(sizes), counts = std::move(counts), counting = counts_,
        max_norm = inputs.back().data<float>(), sums = outputs[0].data<float>(),
        norm = outputs[1].data<float>(), factor = outputs[2].data<float>()] {
         const auto sum_up = [](const auto& values) {
@@ -600,7 +607,7 @@ void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
               });
           return sum_up(partials);
         };
-        const double total = sum_all(1);
+        const double total = sum_all(counting ? 0 : 1);
         auto partial = partials.begin();
         for (size_t i = 0; i < counts.size(); partial += counts[i++]) {
           sums[i] = static_cast<float>(

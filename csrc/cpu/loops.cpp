@@ -313,8 +313,8 @@ inline __attribute__((always_inline)) void prefetch(const void* data,
 
 template <int index, typename F>
 void update_with(const float* numbers, float learning_rate, float step,
-                 float gradient_scale, const Block<typename F::Type>& block,
-                 size_t n) {
+                 float coefficient, float gradient_scale,
+                 const Block<typename F::Type>& block, size_t n) {
   using R = typename RegisteredRule<index>::template Type<float>;
   using Type = typename F::Type;
   constexpr size_t tile_size = F::vectors * row_size;
@@ -322,7 +322,7 @@ void update_with(const float* numbers, float learning_rate, float step,
   // A rule begins with its numbers.
   memcpy(static_cast<void*>(&rule), numbers,
          R::numbers * sizeof(Number<float>));
-  rule.prepare(learning_rate, step);
+  prepare(rule, learning_rate, step, coefficient);
   size_t i = 0;
   for (; i + tile_size <= n; i += tile_size) {
     for (int k = 0; k < R::reads_parameter + R::states + 1; ++k) {
@@ -353,20 +353,22 @@ void update_with(const float* numbers, float learning_rate, float step,
 
 template <typename F, int... index>
 void update_by_index(int rule, const float* numbers, float learning_rate,
-                     float step, float gradient_scale,
+                     float step, float coefficient, float gradient_scale,
                      const Block<typename F::Type>& block, size_t n,
                      std::integer_sequence<int, index...>) {
   static constexpr decltype(&update_with<0, F>) table[] = {
       update_with<index, F>...};
-  table[rule](numbers, learning_rate, step, gradient_scale, block, n);
+  table[rule](numbers, learning_rate, step, coefficient, gradient_scale, block,
+              n);
 }
 
 template <typename F>
 void update(int rule, const float* numbers, float learning_rate, float step,
-            float gradient_scale, const Block<typename F::Type>& block,
-            size_t n) {
-  update_by_index<F>(rule, numbers, learning_rate, step, gradient_scale, block,
-                     n, std::make_integer_sequence<int, rule_count>());
+            float coefficient, float gradient_scale,
+            const Block<typename F::Type>& block, size_t n) {
+  update_by_index<F>(rule, numbers, learning_rate, step, coefficient,
+                     gradient_scale, block, n,
+                     std::make_integer_sequence<int, rule_count>());
 }
 
 // A block of codes, of `block` elements or the last ones.
@@ -580,21 +582,30 @@ void round_stochastically(bool is_float16, uint32_t key, uint64_t first,
               : round_each_stochastically<false>)(key, first, values, n);
 }
 
-void add_squares(const float* x, size_t n, float scale, float* lanes) {
+template <typename F>
+inline __attribute__((always_inline)) void add_each(const float* x, size_t n,
+                                                    float* lanes, F term) {
   float sums[sum_lanes];
   memcpy(sums, lanes, sizeof(sums));
   size_t i = 0;
   for (; i + sum_lanes <= n; i += sum_lanes) {
     for (size_t lane = 0; lane < sum_lanes; ++lane) {
-      const float value = x[i + lane] * scale;
-      sums[lane] += value * value;
+      sums[lane] += term(x[i + lane]);
     }
   }
   for (size_t lane = 0; i < n; ++i, ++lane) {
-    const float value = x[i] * scale;
-    sums[lane] += value * value;
+    sums[lane] += term(x[i]);
   }
   memcpy(lanes, sums, sizeof(sums));
+}
+
+void add_squares(const float* x, size_t n, float scale, float* lanes) {
+  add_each(x, n, lanes,
+           [scale](float value) { return (value * scale) * (value * scale); });
+}
+
+void add_nonzero(const float* x, size_t n, float* lanes) {
+  add_each(x, n, lanes, [](float value) { return value != 0 ? 1.0f : 0.0f; });
 }
 
 // A square of this many elements is turned in registers.
@@ -685,6 +696,7 @@ const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
                                update<Float16>,
                                update<BFloat16Alone>,
                                add_squares,
+                               add_nonzero,
                                sum_squares,
                                sum_direction,
                                write_factored_row,

@@ -29,8 +29,8 @@ struct Block {
 // rule_traits.h) and scalars.
 template <typename T>
 using Update = void (*)(int rule, const float* numbers, float learning_rate,
-                        float step, float gradient_scale, const Block<T>& block,
-                        size_t n);
+                        float step, float coefficient, float gradient_scale,
+                        const Block<T>& block, size_t n);
 
 // Where codes and their scales, or weights of half precision and their errors,
 // are read or written.
@@ -66,6 +66,8 @@ struct Loops {
   Update<uint16_t> update_bfloat16;
   // Adds the squares of n values times scale to the lanes.
   void (*add_squares)(const float* x, size_t n, float scale, float* lanes);
+  // Adds 1 for each of n values that is not zero.
+  void (*add_nonzero)(const float* x, size_t n, float* lanes);
 
   // The sum of n squares, each of which is added to its column too, if these
   // are given.

@@ -21,17 +21,17 @@ namespace {
 
 // Changes the slots of one tensor, nodes of the graph, by a rule.
 using Apply = void (*)(const Hyperparameters&, const Node& rate,
-                       const Node& step, const RuleTraits& traits,
-                       std::vector<Node>& slots);
+                       const Node& step, const Node& coefficient,
+                       const RuleTraits& traits, std::vector<Node>& slots);
 
 template <int index>
 void apply(const Hyperparameters& hyperparameters, const Node& rate,
-           const Node& step, const RuleTraits& traits,
+           const Node& step, const Node& coefficient, const RuleTraits& traits,
            std::vector<Node>& slots) {
   using Rule = typename RegisteredRule<index>::template Type<Node>;
   Rule rule;
   set_numbers(rule, hyperparameters);
-  rule.prepare(rate, step);
+  prepare(rule, rate, step, coefficient);
   Node none;
   Node& parameter = Rule::reads_parameter ? slots.front() : none;
   rule.update(slots.back(), parameter, slots.data() + Rule::reads_parameter);
@@ -119,7 +119,7 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       const bool is_whole =
           rule.is_factored() && !mx::issubdtype(like, mx::inexact);
       const auto scalar_dtype = is_whole ? mx::float32 : like;
-      Node rate, count;
+      Node rate, count, own;
       if (layout.has[learning_rate]) {
         auto given_rate = scalar(learning_rate);
         if (has_pairs && given_rate.ndim() > 0) {
@@ -132,9 +132,13 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
                     ? mx::astype(scalar(step), scalar_dtype)
                     : scalar(step);
       }
+      if (layout.has[coefficient]) {
+        own = mx::astype(scalar(coefficient), scalar_dtype);
+      }
       const Apply apply =
           rule.is_factored() ? apply_factored : apply_table[rule.index];
-      apply((*update.sets)[entry.hyperparameters], rate, count, rule, slots);
+      apply((*update.sets)[entry.hyperparameters], rate, count, own, rule,
+            slots);
       const auto put = [&](mx::array result) {
         const int part = layout.written[outputs.size() % layout.written.size()];
         const auto& before = inputs[layout.input(tensor, part)];
@@ -176,13 +180,16 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
   };
 }
 
-Function composed_sums(mx::Stream stream) {
+Function composed_sums(bool counts, mx::Stream stream) {
   return [=](const Arrays& inputs) {
     const mx::StreamContext context(stream);
     const auto sums_of = [&](const mx::array& scale) {
       Arrays sums;
       for (size_t i = 0; i + 1 < inputs.size(); ++i) {
-        const auto x = mx::astype(inputs[i], mx::float32);
+        auto x = mx::astype(inputs[i], mx::float32);
+        if (counts) {
+          x = mx::astype(mx::not_equal(x, mx::array(0.0f)), mx::float32);
+        }
         sums.push_back(mx::sum(mx::square(x * scale)));
       }
       return sums.empty() ? mx::zeros({0}) : mx::stack(sums);

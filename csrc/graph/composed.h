@@ -21,6 +21,6 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
                          mx::Stream stream);
 
 // Takes and gives arrays in the order of SumsOfSquares.
-Function composed_sums(mx::Stream stream);
+Function composed_sums(bool counts, mx::Stream stream);
 
 }  // namespace mlx_fused

@@ -5,8 +5,8 @@
 namespace mlx_fused {
 
 void apply_factored(const Hyperparameters& hyperparameters, const Node& rate,
-                    const Node& step, const RuleTraits& traits,
-                    std::vector<Node>& slots) {
+                    const Node& step, const Node& /*coefficient*/,
+                    const RuleTraits& traits, std::vector<Node>& slots) {
   Adafactor<Node> rule;
   set_numbers(rule, hyperparameters);
   rule.prepare(rate, step);

@@ -14,7 +14,7 @@ constexpr float most_of_float16 = 65504;
 
 // Changes the slots of one tensor, nodes of the graph.
 void apply_factored(const Hyperparameters& hyperparameters, const Node& rate,
-                    const Node& step, const RuleTraits& traits,
-                    std::vector<Node>& slots);
+                    const Node& step, const Node& coefficient,
+                    const RuleTraits& traits, std::vector<Node>& slots);
 
 }  // namespace mlx_fused

@@ -80,7 +80,7 @@ size_t max_group_size(const RuleTraits& rule, const Formats& formats) {
   if (rule.is_factored()) {
     return most;  // its launches have groups of their own
   }
-  size_t buffers = 0, shared = 7;
+  size_t buffers = 0, shared = 7 + 2 * rule.reads_coefficient;
   for (size_t slot = 0; slot < rule.slots.size(); ++slot) {
     const auto& format = formats[slot];
     const bool is_separate =

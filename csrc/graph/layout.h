@@ -65,9 +65,9 @@ mx::Dtype promoted(const RuleTraits& rule, const std::vector<mx::Dtype>& slots,
                    int slot);
 
 // Tensors that a primitive and a Metal launch serve at most. Metal has 31
-// buffers; the launch's own arguments take seven, and a slot takes one, or two
-// where old and new value may lie apart (metal/fused_update.metal). And the
-// cost of MLX's lists of siblings is quadratic in the outputs.
+// buffers; the launch's own arguments take seven or more, and a slot takes one,
+// or two where old and new value may lie apart (metal/fused_update.metal). And
+// the cost of MLX's lists of siblings is quadratic in the outputs.
 size_t max_group_size(const RuleTraits& rule, const Formats& formats);
 
 // Whether a Metal kernel can hold all that is in codes: in blocks of one size.
@@ -75,7 +75,15 @@ bool can_hold(const Formats& formats);
 
 // What a step has beside its tensors: arrays, so that they can change under
 // mx.compile. Each is a scalar, or has one entry per tensor.
-enum Scalar { learning_rate, step, gradient_scale, skip, seed, scalar_count };
+enum Scalar {
+  learning_rate,
+  step,
+  gradient_scale,
+  skip,
+  coefficient,
+  seed,
+  scalar_count
+};
 
 struct ScalarKind {
   const char* name;
@@ -86,8 +94,9 @@ inline const ScalarKind scalar_kinds[scalar_count] = {
     {"learning_rate", mx::float32, "float"},
     {"step", mx::uint64, "uint64_t"},
     {"gradient_scale", mx::float32, "float"},
-    {"skip", mx::bool_, "bool"},       // nothing changes
-    {"seed", mx::uint32, "uint32_t"},  // of stochastic rounding
+    {"skip", mx::bool_, "bool"},            // nothing changes
+    {"coefficient", mx::float32, "float"},  // a rule's own number
+    {"seed", mx::uint32, "uint32_t"},       // of stochastic rounding
 };
 
 // An array of a tensor.

@@ -7,13 +7,13 @@
 namespace mlx_fused {
 
 Arrays SumsOfSquares::make_outputs(const Arrays& arrays,
-                                   const mx::array& max_norm,
+                                   const mx::array& max_norm, bool counts,
                                    mx::Stream stream) {
   auto inputs = arrays;
   inputs.push_back(max_norm);
   return mx::array::make_arrays({{static_cast<int>(arrays.size())}, {}, {}},
                                 {mx::float32, mx::float32, mx::float32},
-                                std::make_shared<SumsOfSquares>(stream),
+                                std::make_shared<SumsOfSquares>(counts, stream),
                                 inputs);
 }
 

@@ -1,4 +1,5 @@
-// The sum of squares of each of any number of arrays, and their global norm.
+// The sum of squares of each of any number of arrays, and their global norm; or
+// the same of arrays of ones where theirs are not zero, which counts those.
 #pragma once
 
 #include "graph/composed.h"
@@ -17,7 +18,8 @@ using mx::array;  // MLX's DEFINE_ macros name it without its namespace
 // min(max_norm / (norm + 1e-6), 1).
 class SumsOfSquares : public mx::Primitive {
  public:
-  explicit SumsOfSquares(mx::Stream stream) : Primitive(stream) {}
+  SumsOfSquares(bool counts, mx::Stream stream)
+      : Primitive(stream), counts_(counts) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
@@ -25,16 +27,20 @@ class SumsOfSquares : public mx::Primitive {
   DEFINE_GRADS()
   DEFINE_VMAP()
   DEFINE_NAME(SumsOfSquares)
-  DEFINE_DEFAULT_IS_EQUIVALENT()
+  bool is_equivalent(const Primitive& other) const override {
+    return counts_ == static_cast<const SumsOfSquares&>(other).counts_;
+  }
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
     return {{static_cast<int>(inputs.size()) - 1}, {}, {}};
   }
 
   static Arrays make_outputs(const Arrays& arrays, const mx::array& max_norm,
-                             mx::Stream stream);
+                             bool counts, mx::Stream stream);
 
  private:
-  Function composed() { return composed_sums(stream()); }
+  bool counts_;
+
+  Function composed() { return composed_sums(counts_, stream()); }
 };
 
 }  // namespace mlx_fused

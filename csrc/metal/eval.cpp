@@ -386,8 +386,8 @@ void SumsOfSquares::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   std::vector<FirstStage> stage;
   for (const auto& [val, indices] : by_dtype) {
     const auto dtype = inputs[indices[0]].dtype();
-    auto* kernel = build(s, sums_kernel_name(dtype),
-                         [&] { return sums_kernel_source(dtype); });
+    auto* kernel = build(s, sums_kernel_name(dtype, counts_),
+                         [&] { return sums_kernel_source(dtype, counts_); });
     for (size_t start = 0; start < indices.size(); start += max_sums_group) {
       auto& [_, launch, group] = stage.emplace_back();
       stage.back().kernel = kernel;

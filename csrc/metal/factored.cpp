@@ -361,7 +361,7 @@ void eval_factored(const GroupUpdate& update, const Arrays& inputs,
     }
     const auto& entry = update.entries[i];
     writing.numbers = first_number[entry.hyperparameters];
-    for (int kind = 0; kind < seed; ++kind) {
+    for (int kind = 0; kind < coefficient; ++kind) {
       const int input = layout.input(static_cast<Scalar>(kind));
       if (input >= 0 && update.per_tensor && inputs[input].size() > 1) {
         writing.scalars[kind] = inputs[input].strides(0) * entry.scalar;

@@ -84,7 +84,9 @@ int UpdateKernel::buffers_per_tensor() const {
 }
 
 int UpdateKernel::tensors_per_launch() const {
-  const int most = layout.has[seed] ? seed_buffer : scalars_buffer;
+  const int most = layout.has[coefficient] ? coefficient_buffer
+                   : layout.has[seed]      ? seed_buffer
+                                           : scalars_buffer;
   return std::min<int>(max_group_size(*layout.rule, layout.formats),
                        most / buffers_per_tensor());
 }
@@ -233,10 +235,11 @@ std::string UpdateKernel::source() const {
                          : "tensors[i].scalars[" + std::to_string(kind) + "]") +
            "]";
   };
-  const auto prepare = "  rule.prepare(" +
-                       (rule.reads_learning_rate ? value(learning_rate) : "0") +
-                       ", float(" + (rule.reads_step ? value(step) : "0") +
-                       "));\n";
+  const auto prepare =
+      "  rule.prepare(" +
+      (rule.reads_learning_rate ? value(learning_rate) : "0") + ", float(" +
+      (rule.reads_step ? value(step) : "0") + ")" +
+      (rule.reads_coefficient ? ", " + value(coefficient) : "") + ");\n";
   const auto key = layout.has[seed]
                        ? "  slots.key = random_key<uint>(" + value(seed) +
                              ", uint(" + value(step) +
@@ -288,11 +291,11 @@ std::string UpdateKernel::source() const {
          "  update_tile" + common + ");\n}\n";
 }
 
-std::string sums_kernel_name(mx::Dtype dtype) {
-  return "sums_of_squares_" + metal_type(dtype);
+std::string sums_kernel_name(mx::Dtype dtype, bool counts) {
+  return (counts ? "count_nonzero_" : "sums_of_squares_") + metal_type(dtype);
 }
 
-std::string sums_kernel_source(mx::Dtype dtype) {
+std::string sums_kernel_source(mx::Dtype dtype, bool counts) {
   const auto type = "const device " + metal_type(dtype) + "*";
   std::string buffers, choice = "  " + type + " in = in_0;\n";
   for (int i = 0; i < max_sums_group; ++i) {
@@ -302,8 +305,9 @@ std::string sums_kernel_source(mx::Dtype dtype) {
       choice += "  in = i == " + number + " ? in_" + number + " : in;\n";
     }
   }
-  return sums_source + "\n[[kernel]] void " + sums_kernel_name(dtype) + "(\n" +
-         buffers + buffer("device float2*", "partials", partials_buffer) +
+  return sums_source + "\n[[kernel]] void " + sums_kernel_name(dtype, counts) +
+         "(\n" + buffers +
+         buffer("device float2*", "partials", partials_buffer) +
          buffer("constant LaunchTensor*", "tensors", sums_tensors) +
          buffer("constant int64_t*", "walks", sums_walks) +
          "    uint tile [[threadgroup_position_in_grid]],\n"
@@ -313,8 +317,8 @@ std::string sums_kernel_source(mx::Dtype dtype) {
          "    uint lane [[thread_index_in_simdgroup]]) {\n"
          "  threadgroup float sums[2 * simd_size];\n"
          "  const uint i = tensor_of_tile(tile, tensors);\n" +
-         choice +
-         "  sum_tile(in, tensors[i], walks, partials, sums, tile, "
+         choice + "  sum_tile<" + (counts ? "true" : "false") +
+         ">(in, tensors[i], walks, partials, sums, tile, "
          "thread_index, simdgroups, simdgroup, lane);\n}\n";
 }
 

@@ -12,16 +12,17 @@ namespace mlx_fused {
 // Indices of the arguments that the tensors of an update share; the arrays of
 // the tensors stand before them.
 enum SharedBuffer {
-  seed_buffer = 23,  // where there is a seed; otherwise it is a tensor's
+  coefficient_buffer = 22,  // where there is one; otherwise it is a tensor's
+  seed_buffer,              // the same
   scalars_buffer,
   numbers_buffer = scalars_buffer + 4,
   tensors_buffer,
   walks_buffer,
 };
 inline int buffer_of_scalar(Scalar kind) {
-  return kind == seed
-             ? static_cast<int>(seed_buffer)
-             : static_cast<int>(scalars_buffer) + static_cast<int>(kind);
+  return kind >= coefficient
+             ? static_cast<int>(coefficient_buffer) + kind - coefficient
+             : static_cast<int>(scalars_buffer) + kind;
 }
 
 // Arrays that a launch of the sums takes, and the arguments behind them.
@@ -56,8 +57,9 @@ struct UpdateKernel {
 
 std::string metal_type(mx::Dtype dtype);
 
-// The kernel of this name sums the squares of up to max_sums_group arrays.
-std::string sums_kernel_name(mx::Dtype dtype);
-std::string sums_kernel_source(mx::Dtype dtype);
+// The kernel of this name sums the squares of up to max_sums_group arrays, or
+// counts what is not zero.
+std::string sums_kernel_name(mx::Dtype dtype, bool counts);
+std::string sums_kernel_source(mx::Dtype dtype, bool counts);
 
 }  // namespace mlx_fused

@@ -114,6 +114,15 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       "The sum of squares of each array, their global norm, and "
       "min(max_norm / (norm + 1e-6), 1).");
   m.def(
+      "count_nonzero",
+      [](const mlx_fused::Arrays& arrays) {
+        const auto result = mlx_fused::sums_of_squares(
+            arrays, mlx::core::array(1.0f), /*counts=*/true);
+        warn_of_failures();
+        return result.sums;
+      },
+      "arrays"_a, "How many elements of each array are not zero, as float32.");
+  m.def(
       "scale",
       [](const mlx_fused::Arrays& arrays, const mlx::core::array& factor) {
         const auto result = mlx_fused::scale(arrays, factor);
@@ -202,11 +211,12 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
         "The float32 of weights and their errors.");
   m.def(
       "check_sums",
-      [](const mlx::core::array& a) {
+      [](const mlx::core::array& a, bool counts) {
         return mlx_fused::check_sums(
-            a.dtype(), mlx::core::default_stream(mlx::core::default_device()));
+            a.dtype(), counts,
+            mlx::core::default_stream(mlx::core::default_device()));
       },
-      "array"_a,
+      "array"_a, "counts"_a = false,
       "What is wrong with the default device's sums of squares of arrays of "
       "this dtype, or None.");
   using mlx_fused::Leaves;
@@ -230,29 +240,31 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
              const std::optional<std::vector<uint32_t>>& sets,
              const MaybeArray& learning_rate, const MaybeArray& step,
              const MaybeArray& gradient_scale, const MaybeArray& skip,
-             const MaybeArray& seed, bool per_tensor,
+             const MaybeArray& coefficient, const MaybeArray& seed,
+             bool per_tensor,
              const std::optional<mlx::core::Dtype>& state_dtype,
              const std::optional<std::vector<size_t>>& indices,
              const mlx_fused::Arrays& after) {
             const auto& rule = mlx_fused::rule_named(rule_name);
-            const bool done = leaves.update(
-                {rule,
-                 sets_of(rule, hyperparameters),
-                 sets.value_or(std::vector<uint32_t>()),
-                 {{learning_rate, step, gradient_scale, skip, seed},
-                  per_tensor},
-                 false,
-                 after},
-                state_dtype, indices);
+            const bool done =
+                leaves.update({rule,
+                               sets_of(rule, hyperparameters),
+                               sets.value_or(std::vector<uint32_t>()),
+                               {{learning_rate, step, gradient_scale, skip,
+                                 coefficient, seed},
+                                per_tensor},
+                               false,
+                               after},
+                              state_dtype, indices);
             warn_of_failures();
             return done;
           },
           "rule"_a, "hyperparameters"_a, nb::kw_only(), "sets"_a = nb::none(),
           "learning_rate"_a = nb::none(), "step"_a = nb::none(),
           "gradient_scale"_a = nb::none(), "skip"_a = nb::none(),
-          "seed"_a = nb::none(), "per_tensor"_a = false,
-          "state_dtype"_a = nb::none(), "indices"_a = nb::none(),
-          "after"_a = mlx_fused::Arrays{},
+          "coefficient"_a = nb::none(), "seed"_a = nb::none(),
+          "per_tensor"_a = false, "state_dtype"_a = nb::none(),
+          "indices"_a = nb::none(), "after"_a = mlx_fused::Arrays{},
           "Updates leaves by a rule; False if something is no array.")
       .def("set_gradient", &Leaves::set_gradient, "index"_a, "value"_a)
       .def("set_parameter", &Leaves::set_parameter, "index"_a, "value"_a)

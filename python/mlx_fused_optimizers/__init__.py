@@ -12,19 +12,26 @@ from .checkpoint import load, save
 from .clipping import clip_grad_norm
 from .filters import decay_matrices_only
 from .optimizers import (
+    LAMB,
     SGD,
+    AdaBelief,
     AdaDelta,
     Adafactor,
     Adagrad,
     Adam,
     Adamax,
     AdamW,
+    Adan,
     AdEMAMix,
     Lion,
     MultiOptimizer,
     Muon,
+    NAdam,
     Optimizer,
+    RAdam,
     RMSprop,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
 )
 from .precision import cast_model, full_precision
 from .schedulers import (
@@ -40,19 +47,26 @@ from .schedulers import (
 )
 
 __all__ = [
+    "LAMB",
     "SGD",
     "AdEMAMix",
+    "AdaBelief",
     "AdaDelta",
     "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
+    "Adan",
     "Lion",
     "MultiOptimizer",
     "Muon",
+    "NAdam",
     "Optimizer",
+    "RAdam",
     "RMSprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "__version__",
     "backend",
     "cast_model",

@@ -146,6 +146,11 @@ def sums_of_squares(
     return stacked * mx.square(largest), norm, factor
 
 
+def count_nonzero(arrays: Sequence[mx.array]) -> mx.array:
+    ones = [(x != 0).astype(mx.float32) for x in arrays]
+    return sums_of_squares(ones, mx.array(1.0))[0]
+
+
 def scale(arrays: Sequence[mx.array], factor: mx.array) -> list[mx.array]:
     leaves = Leaves([*arrays])
     leaves.update("Scale", [{}], gradient_scale=factor)
@@ -229,6 +234,7 @@ class Leaves:
         step: mx.array | None = None,
         gradient_scale: mx.array | None = None,
         skip: mx.array | None = None,
+        coefficient: mx.array | None = None,
         seed: mx.array | None = None,
         per_tensor: bool = False,
         state_dtype: mx.Dtype | None = None,
@@ -263,6 +269,10 @@ class Leaves:
             )
         if skip is not None:
             scalars["skip"] = _scalar("skip", skip, count, mx.bool_)
+        if kind.reads_coefficient:
+            scalars["coefficient"] = _scalar(
+                "coefficient", coefficient, count, mx.float32
+            )
 
         changed = []
         for entry, given in enumerate(slots):
@@ -469,7 +479,7 @@ def check_update(
     return NO_KERNELS
 
 
-def check_sums(array: mx.array) -> str | None:
+def check_sums(array: mx.array, counts: bool = False) -> str | None:
     return NO_KERNELS
 
 
@@ -706,6 +716,7 @@ def _updated(
     step: mx.array | None = None,
     gradient_scale: mx.array | None = None,
     skip: mx.array | None = None,
+    coefficient: mx.array | None = None,
 ) -> list[mx.array]:
     """What the slots of one tensor become; half precision is computed in float32."""
     has_pairs = _takes_pairs(type(rule), given)
@@ -723,7 +734,9 @@ def _updated(
     if step is not None and not is_usual and mx.issubdtype(dtype, mx.floating):
         step = step.astype(dtype)
     rule.prepare(
-        0.0 if rate is None else rate.astype(dtype), 0.0 if step is None else step
+        0.0 if rate is None else rate.astype(dtype),
+        0.0 if step is None else step,
+        *([] if coefficient is None else [coefficient.astype(dtype)]),
     )
     first = int(rule.reads_parameter)
     parameter = slots[0] if first else None

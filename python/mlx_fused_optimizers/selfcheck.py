@@ -91,7 +91,9 @@ def _check_device(device: str) -> Iterator[Result]:
             held = "float32" if codes == "plain" else codes
             yield Result(device, rule, f"{dtype} {weight}", dtype, held, failure)
     for dtype, array in arrays.items():
-        yield Result(device, "sums", "", dtype, "", kernels.check_sums(array))
+        for name, counts in (("sums", False), ("counts", True)):
+            failure = kernels.check_sums(array, counts)
+            yield Result(device, name, "", dtype, "", failure)
 
 
 def machine() -> dict[str, str]:

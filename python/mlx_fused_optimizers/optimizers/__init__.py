@@ -9,21 +9,30 @@ from .fused import FusedOptimizer
 from .lion import Lion
 from .multi import MultiOptimizer
 from .muon import Muon
+from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from .sgd import SGD
+from .variants import LAMB, AdaBelief, Adan, NAdam, RAdam
 
 __all__ = [
+    "LAMB",
     "SGD",
     "AdEMAMix",
+    "AdaBelief",
     "AdaDelta",
     "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
     "Adamax",
+    "Adan",
     "FusedOptimizer",
     "Lion",
     "MultiOptimizer",
     "Muon",
+    "NAdam",
     "Optimizer",
+    "RAdam",
     "RMSprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .base import LearningRate
 from .fused import FusedOptimizer
-from .options import check_betas, check_numbers
+from .options import check_numbers, check_ranges
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,25 +66,13 @@ class AdEMAMix(FusedOptimizer):
         warmup: int = 0,
         **options: Unpack[DecayOptions],
     ) -> None:
-        check_betas(self, betas, 3)
-        check_numbers(
-            self, alpha=alpha, eps=eps, weight_decay=weight_decay, warmup=warmup
-        )
+        check_ranges(self, betas, 3, alpha=alpha, eps=eps, warmup=warmup)
+        check_numbers(self, weight_decay=weight_decay)
         self.betas = betas
         self.alpha = alpha
         self.eps = eps
         self.weight_decay = weight_decay
         self.warmup = warmup
-        for number, beta in enumerate(betas, 1):
-            if not 0 <= beta < 1:
-                raise ValueError(
-                    f"beta{number} should be in [0, 1), {beta} was provided instead"
-                )
-        for name in ("alpha", "eps", "warmup"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"{name} should be >=0, {getattr(self, name)} was provided instead"
-                )
         super().__init__(learning_rate, **options)
 
     def _hyperparameters(self) -> dict[str, Any]:

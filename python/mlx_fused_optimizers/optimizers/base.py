@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers as stock
@@ -157,8 +157,6 @@ class Optimizer(stock.Optimizer):
         TypeError, ValueError: If an option is of the wrong type or out of range.
     """
 
-    # Whether a rule needs whole parameters, and not the shards that a rank has.
-    takes_whole: ClassVar[bool] = False
     max_grad_norm: float | None = None
     clip_by_last_norm: bool = False
     skip_nonfinite: bool = False
@@ -213,6 +211,11 @@ class Optimizer(stock.Optimizer):
                 state[name] = mx.array(0, dtype)
             elif isinstance(state[name], (dict, list, tuple)):
                 raise self._is_taken(name)
+
+    @property
+    def takes_whole(self) -> bool:
+        """Whether it needs whole parameters, and not the shards that a rank has."""
+        return False
 
     def _option_state(self) -> dict[str, mx.Dtype]:
         """The entries of the state that the options need."""

@@ -22,6 +22,7 @@ from .._formats import (
 )
 from .._kernels import kernels
 from .base import EXPLAINED, INIT, Clip, LearningRate, Optimizer, as_array, paths
+from .directions import DIRECTIONS, batches, cautious_sizes
 from .held import hold, hold_error, hold_zeros, release
 from .options import (
     FUSED_DTYPES,
@@ -61,12 +62,14 @@ class Arguments(NamedTuple):
         set_of: The set of each leaf; None if all have the first.
         rates: The learning rate, or that of each leaf.
         per_tensor: Whether it is that of each leaf.
+        coefficient: The rule's own number, or that of each leaf, if it reads one.
     """
 
     sets: list[dict[str, Any]]
     set_of: list[int] | None
     rates: mx.array
     per_tensor: bool = False
+    coefficient: mx.array | None = None
 
     def sets_of(self, chosen: list[int] | None) -> list[int] | None:
         """The sets of some leaves, or of all."""
@@ -76,9 +79,18 @@ class Arguments(NamedTuple):
 
     def rates_of(self, chosen: list[int] | None) -> mx.array:
         """The learning rates of some leaves, or of all."""
+        return self._entries(self.rates, chosen)
+
+    def coefficients_of(self, chosen: list[int] | None) -> mx.array | None:
+        """The coefficients of some leaves, or of all."""
+        if self.coefficient is None:
+            return None
+        return self._entries(self.coefficient, chosen)
+
+    def _entries(self, scalar: mx.array, chosen: list[int] | None) -> mx.array:
         if not self.per_tensor or chosen is None:
-            return self.rates
-        return self.rates[mx.array(chosen)]
+            return scalar
+        return scalar[mx.array(chosen)]
 
 
 class FusedOptimizer(Optimizer):
@@ -147,6 +159,8 @@ class FusedOptimizer(Optimizer):
                 state[key] = mx.zeros_like(parameter)
         else:
             inherited(parameter, state)
+        for key in self._added_states():
+            state[key] = mx.zeros_like(parameter)
         self._cast_all(state)
 
     def _shapes(self, parameter: mx.array) -> dict[str, Any]:
@@ -182,6 +196,9 @@ class FusedOptimizer(Optimizer):
         state: dict[str, Any],
         is_new: bool = False,
     ) -> None:
+        for key in self._added_states():
+            if key not in state and kind_of(state, key) is None:
+                state[key] = self._cast(mx.zeros_like(parameter))
         kind = self.state_dtype if isinstance(self.state_dtype, str) else None
         if parameter.dtype not in FUSED_DTYPES:
             kind = None
@@ -191,7 +208,7 @@ class FusedOptimizer(Optimizer):
         if self.takes_codes:
             rule = self._rule()
             was_held = is_error(state.get("error"))
-            others = [k for k in kernels.states(rule) if kind_of(state, k) != kind]
+            others = [k for k in self._coded_states() if kind_of(state, k) != kind]
             for key in others:
                 was_held |= kind_of(state, key) is not None
                 release(state, key, parameter.shape, rule)
@@ -205,6 +222,14 @@ class FusedOptimizer(Optimizer):
                 for key in kernels.states(rule):
                     state[key] = state[key].astype(parameter.dtype)
         hold_error(state, parameter, self.master_weights)
+
+    def _coded_states(self) -> list[str]:
+        """The states that ``state_dtype`` may bring into codes."""
+        return kernels.states(self._rule())
+
+    def _added_states(self) -> tuple[str, ...]:
+        """The states that an argument adds, and a checkpoint may be without."""
+        return ()
 
     def _cast(self, value: Any) -> Any:
         is_moment = isinstance(value, mx.array) and value.dtype in FUSED_DTYPES
@@ -223,6 +248,21 @@ class FusedOptimizer(Optimizer):
         """The values of the rule's hyper-parameters."""
         names = kernels.hyperparameters(self._rule())
         return {name: getattr(self, name) for name in names}
+
+    def _coefficient(self, hyperparameters: dict[str, Any]) -> mx.array | None:
+        """The rule's own number of this step, a scalar, if it reads one."""
+        return None
+
+    @property
+    def takes_whole(self) -> bool:
+        """Whether it needs whole parameters: a size is that of a whole update."""
+        return self._rule() in DIRECTIONS
+
+    def _sizes(
+        self, parameters: list[mx.array], directions: list[mx.array]
+    ) -> mx.array:
+        """What multiplies each update of a rule of ``DIRECTIONS``."""
+        return cautious_sizes(directions)
 
     def _group_arguments(self) -> set[str]:
         """What a group may set: the arguments of the rule."""
@@ -255,7 +295,7 @@ class FusedOptimizer(Optimizer):
         decays = self.weight_decay_filter if "weight_decay" in usual else None
         is_single = isinstance(leaves.tree, mx.array)  # apply_single's only one
         if is_single or not leaves or (not self.groups and decays is None):
-            return Arguments([usual], None, rate)
+            return Arguments([usual], None, rate, False, self._coefficient(usual))
         named = [*zip(paths(leaves.tree), leaves.parameters, strict=True)]
         set_of = [self._group_of(*leaf) for leaf in named]
         sets, rates = [usual], [rate]
@@ -280,7 +320,11 @@ class FusedOptimizer(Optimizer):
                 for number, leaf in zip(set_of, named, strict=True)
             ]
             sets += undecayed
-        return Arguments(sets, set_of, rate, bool(self.groups))
+        own = self._coefficient(usual)
+        if self.groups and own is not None:
+            each = [self._coefficient(values) for values in sets]
+            own = mx.stack([x for x in each if x is not None])[mx.array(set_of)]
+        return Arguments(sets, set_of, rate, bool(self.groups), own)
 
     def apply_single(
         self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
@@ -383,6 +427,9 @@ class FusedOptimizer(Optimizer):
     def _update_leaves(self, leaves: Leaves, clip: Clip) -> None:
         """Compute what becomes of the leaves; nothing is changed yet."""
         arguments = self._arguments(leaves, self.state.get("learning_rate"))
+        if self._rule() in DIRECTIONS:
+            self._descend(leaves, clip, arguments)
+            return
 
         def run(
             chosen: list[int] | None = None, after: Sequence[mx.array] = ()
@@ -394,6 +441,7 @@ class FusedOptimizer(Optimizer):
                 sets=arguments.sets_of(chosen),
                 learning_rate=arguments.rates_of(chosen),
                 per_tensor=arguments.per_tensor,
+                coefficient=arguments.coefficients_of(chosen),
                 gradient_scale=clip.scale,
                 skip=clip.skip,
                 indices=chosen,
@@ -406,6 +454,52 @@ class FusedOptimizer(Optimizer):
         for chosen, norm in clip.chunks:
             run(chosen, [norm, *previous])
             previous = [leaves.parameters[chosen[0]]]
+
+    def _descend(self, leaves: Leaves, clip: Clip, arguments: Arguments) -> None:
+        """The step whose update takes the gradient's place until its size is known."""
+        if arguments.rates.ndim > 0 and not arguments.per_tensor:
+            raise ValueError(
+                f"[{type(self).__name__}] learning_rate has shape "
+                f"{arguments.rates.shape}; expected a scalar"
+            )
+        rule = self._rule()
+        names = kernels.hyperparameters(rule)
+        # LAMB's decay is part of its update, and counts in its size.
+        is_coupled = arguments.sets[0].get("cautious") == 0
+        directions = [{name: x[name] for name in names} for x in arguments.sets]
+        decays = [{"weight_decay": x["weight_decay"]} for x in arguments.sets]
+        for values in decays if is_coupled else directions:
+            if "weight_decay" in values:
+                values["weight_decay"] = 0.0
+        after = [] if clip.norm is None else [clip.norm]
+        for batch in batches(leaves.gradients):
+            given = {
+                "sets": arguments.sets_of(batch),
+                "skip": clip.skip,
+                "indices": batch,
+            }
+            self._run(
+                leaves,
+                rule,
+                directions,
+                gradient_scale=clip.scale,
+                after=after,
+                **given,
+            )
+            parameters, updates = leaves.parameters, leaves.gradients
+            sizes = self._sizes(
+                [parameters[i] for i in batch], [updates[i] for i in batch]
+            )
+            self._run(
+                leaves,
+                "Descent",
+                decays,
+                learning_rate=arguments.rates_of(batch),
+                coefficient=sizes,
+                per_tensor=True,
+                **given,
+            )
+            after = [leaves.parameters[batch[-1]]]
 
     def _seed(self) -> mx.array | None:
         """The seed of random rounding; parts of a MultiOptimizer differ in theirs."""

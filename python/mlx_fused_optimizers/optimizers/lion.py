@@ -8,7 +8,7 @@ import mlx.optimizers as stock
 
 from .base import LearningRate
 from .fused import FusedOptimizer
-from .options import check_betas, check_numbers
+from .options import check_betas, check_flags, check_numbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,25 +38,38 @@ class Lion(FusedOptimizer, stock.Lion):
             Default: ``(0.9, 0.99)``
         weight_decay (float, optional): The weight decay :math:`\lambda`; one that is
             not positive is none. Default: ``0.0``
+        cautious (bool, optional): Leave out the elements of an update whose sign is
+            not the gradient's, and multiply the others by the number of all over
+            theirs, at most 1000. Liang et al., "Cautious optimizers",
+            arXiv:2411.16085. The update takes the gradient's place until its elements
+            are counted: 32 bytes moved a float32 parameter instead of 20.
+            Default: ``False``
         {options}
 
     Raises:
         ValueError: If a beta is not in [0, 1).
     """
 
-    rule = "Lion"
+    cautious: bool = False
 
     def __init__(
         self,
         learning_rate: LearningRate,
         betas: tuple[float, float] | list[float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        *,
+        cautious: bool = False,
         **options: Unpack[DecayOptions],
     ) -> None:
         check_betas(self, betas)
         check_numbers(self, weight_decay=weight_decay)
+        check_flags(self, cautious=cautious)
         stock.Lion.__init__(self, learning_rate, cast(Any, betas), weight_decay)
+        self.cautious = cautious
         self._set_options(**options)
+
+    def _rule(self) -> str:
+        return "LionDirection" if self.cautious else "Lion"
 
     def _hyperparameters(self) -> dict[str, Any]:
         beta1, beta2 = self.betas

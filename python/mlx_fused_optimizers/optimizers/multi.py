@@ -189,7 +189,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         for optimizer in self.optimizers:
             if self.optimizers.count(optimizer) > 1 and not optimizer._initialized:
                 # Its first step would know the first of its parts alone.
-                self.init(gradients)
+                self.init(optimizer._initial(kernels.Leaves(gradients, parameters)))
         results = []
         for optimizer, part in zip(self.optimizers, parts, strict=True):
             updated = self._part(optimizer, part, parameters, clip, shards)
@@ -228,7 +228,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         if clip.skip is None:
             return apply(gradients)
         if not optimizer._initialized:
-            optimizer.init(gradients)
+            optimizer.init(optimizer._initial(kernels.Leaves(gradients, parameters)))
         before = tree_map(lambda x: x, optimizer.state)  # in containers of its own
         updated = apply(gradients)
         _keep_where(clip.skip, before, optimizer.state)

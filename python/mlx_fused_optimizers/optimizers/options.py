@@ -71,6 +71,30 @@ def check_numbers(optimizer: Any, **values: Any) -> None:
             )
 
 
+def check_flags(optimizer: Any, **values: Any) -> None:
+    """Refuse arguments that are not True or False, by their names."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"[{type(optimizer).__name__}] {name} is of type "
+                f"{type(value).__name__}; expected True or False"
+            )
+
+
+def check_ranges(optimizer: Any, betas: Any, count: int = 2, **least_zero: Any) -> None:
+    """Refuse coefficients outside of [0, 1), and negative numbers, by their names."""
+    check_betas(optimizer, betas, count)
+    check_numbers(optimizer, **least_zero)
+    for number, beta in enumerate(betas, 1):
+        if not 0 <= beta < 1:
+            raise ValueError(
+                f"beta{number} should be in [0, 1), {beta} was provided instead"
+            )
+    for name, value in least_zero.items():
+        if not value >= 0:
+            raise ValueError(f"{name} should be >=0, {value} was provided instead")
+
+
 def check_betas(optimizer: Any, betas: Any, count: int = 2) -> None:
     """Refuse coefficients of running averages that are not as many numbers."""
     title = f"[{type(optimizer).__name__}] betas"
