@@ -58,12 +58,16 @@ class Plain(stock.Optimizer):
     def corrected(self, m: mx.array, v: mx.array, g: mx.array) -> mx.array:
         """Adam's update, with bias correction if that is on."""
         if not getattr(self, "bias_correction", True):
-            return m / (mx.sqrt(v) + self.eps)
-        first, second = self.corrections(g)
-        return m / first / (mx.sqrt(v) * mx.rsqrt(second) + self.eps)
+            second = mx.ones_like(m)
+            first = second
+        else:
+            first, second = self.corrections(g)
+        update: mx.array = m / first / (mx.sqrt(v) * mx.rsqrt(second) + self.eps)
+        return update
 
     def decayed(self, rate: mx.array, p: mx.array) -> mx.array:
-        return p * (1 - rate * self.weight_decay)
+        kept: mx.array = p * (1 - rate * self.weight_decay)
+        return kept
 
 
 class AMSGrad(Plain):
@@ -237,13 +241,13 @@ class ScheduleFree(Plain):
         rate = schedule(self.step) if schedule else self.learning_rate
         if self.warmup_steps:
             rate = rate * mx.minimum(step / self.warmup_steps, 1)
-        self.rate = rate
+        self._rate = rate
         most = mx.maximum(self.state["lr_max"], rate)
         weight = mx.power(step, self.r) * mx.power(most, self.weight_lr_power)
         total = self.state["weight_sum"] + weight
         self.state["lr_max"] = most.astype(mx.float32)
         self.state["weight_sum"] = total.astype(mx.float32)
-        self.share = mx.where(total > 0, weight / total, 0.0)
+        self._share = mx.where(total > 0, weight / total, 0.0)
         return super().apply_gradients(gradients, parameters)
 
     @staticmethod
@@ -262,7 +266,7 @@ class ScheduleFree(Plain):
         }
 
     def step_of(self, rate: mx.array, g: mx.array, p: mx.array, state: Any) -> Any:
-        rate, share = self.rate.astype(g.dtype), self.share.astype(g.dtype)
+        rate, share = self._rate.astype(g.dtype), self._share.astype(g.dtype)
         update = self.update_of(g, p, state) + self.weight_decay * p
         beta, z = self.beta(), state["z"]
         x = p + (1 - 1 / beta) * (z - p)
@@ -298,7 +302,8 @@ class ScheduleFreeAdamW(ScheduleFree):
         beta2 = self.betas[1]
         state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(g)
         second = correction(beta2, self.step).astype(g.dtype)
-        return g / (mx.sqrt(state["v"]) * mx.rsqrt(second) + self.eps)
+        update: mx.array = g / (mx.sqrt(state["v"]) * mx.rsqrt(second) + self.eps)
+        return update
 
 
 def variant(usual: Any, **others: Callable[..., Any]) -> Callable[..., Any]:

@@ -127,6 +127,12 @@ class _Oracle:
 oracle: Any = _Oracle()
 
 
+def is_stocks(name: str, options: dict[str, Any]) -> bool:
+    """Whether mlx.optimizers has such a class, with these arguments."""
+    ours = {"amsgrad", "cautious"}
+    return hasattr(stock, name) and not ours & options.keys()
+
+
 def for_each(optimizers: list[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:
     """Parametrizes a test over ``name`` and ``options``."""
     ids = [f"{name}-{'-'.join(options)}" for name, options in optimizers]

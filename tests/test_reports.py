@@ -29,6 +29,7 @@ from support import (
     copy_tree,
     every_optimizer,
     for_each,
+    is_stocks,
     leaves_of,
     oracle,
     random_array,
@@ -745,6 +746,8 @@ def test_the_bias_of_a_subclass_does_not_decay(backend: str) -> None:
 def test_step_options_in_subclasses(
     name: str, options: dict[str, Any], override: str
 ) -> None:
+    if override == "stock" and not is_stocks(name, options):
+        pytest.skip("stock has no such class")
     options = {"learning_rate": 1e-2, **options}
     more: dict[str, Any] = {"max_grad_norm": 0.3, "skip_nonfinite": True}
     parameters, gradients = small_tree(0), small_tree(1)
@@ -767,6 +770,8 @@ def test_step_options_in_subclasses(
 def test_state_dtype_in_subclasses(
     name: str, options: dict[str, Any], override: str
 ) -> None:
+    if override == "stock" and not is_stocks(name, options):
+        pytest.skip("stock has no such class")
     options = {"learning_rate": 1e-2, **options}
     parameters, gradients = small_tree(0, mx.float16), small_tree(1, mx.float16)
     optimizer = OVERRIDES[override](name)(**options, state_dtype=mx.float32)
@@ -1745,7 +1750,10 @@ def test_half_precision_is_float32_rounded_once(
         rounding = 1.01 * np.abs(to_numpy(expected[path])) * 2.0**-bits + 1e-7
         # Muon's direction has elements of up to 1, times the learning rate and the
         # square root of the aspect.
+        # Others' updates are of the gradient's dtype, and at most about 2.
         products = 0.1 * 1.5 * (0.02 if bits == 11 else 0.1) if name == "Muon" else 0.0
+        if name not in ("Adafactor", "Muon"):
+            products = 0.1 * 2 * 2.0**-bits
         # Numbers next to a tie may be rounded to either side.
         assert (np.abs(difference) <= 2 * rounding + products).all(), path
         assert np.mean(np.abs(difference) <= rounding + products) > 0.9, path

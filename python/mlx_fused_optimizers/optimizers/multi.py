@@ -228,7 +228,10 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         if clip.skip is None:
             return apply(gradients)
         if not optimizer._initialized:
-            optimizer.init(optimizer._initial(kernels.Leaves(gradients, parameters)))
+            tree = gradients
+            if isinstance(optimizer, Optimizer):
+                tree = optimizer._initial(kernels.Leaves(gradients, parameters))
+            optimizer.init(tree)
         before = tree_map(lambda x: x, optimizer.state)  # in containers of its own
         updated = apply(gradients)
         _keep_where(clip.skip, before, optimizer.state)
