@@ -25,7 +25,7 @@ namespace {
 // than sharing a primitive with others. A launch costs more on a GPU than a
 // primitive does on the CPU.
 constexpr uint64_t full_on_cpu = 1 << 16;
-constexpr uint64_t full_on_metal = 1 << 20;
+constexpr uint64_t full_on_metal = 1 << 22;
 
 void check_length(const char* argument, size_t given, size_t expected) {
   if (given != expected) {
