@@ -56,6 +56,11 @@ class Case(NamedTuple):
         """That of mlx.optimizers."""
         return getattr(stock, self.name)(learning_rate=1e-3, **self.options)
 
+    def is_stocks(self) -> bool:
+        """Whether mlx.optimizers has it."""
+        is_ours = {"amsgrad", "cautious"} & self.options.keys()
+        return hasattr(stock, self.name) and not is_ours
+
 
 CASES = [
     Case("SGD", "SGD", {}),
@@ -68,6 +73,16 @@ CASES = [
     Case("AdaDelta", "AdaDelta", {}),
     Case("Adamax", "Adamax", {}),
     Case("AdEMAMix", "AdEMAMix", {}),
+    Case("AdamW amsgrad", "AdamW", {"bias_correction": True, "amsgrad": True}),
+    Case("AdaBelief", "AdaBelief", {}),
+    Case("Adan", "Adan", {}),
+    Case("NAdam", "NAdam", {}),
+    Case("RAdam", "RAdam", {}),
+    Case("ScheduleFreeSGD", "ScheduleFreeSGD", {}),
+    Case("ScheduleFreeAdamW", "ScheduleFreeAdamW", {}),
+    Case("LAMB", "LAMB", {}),
+    Case("AdamW cautious", "AdamW", {"bias_correction": True, "cautious": True}),
+    Case("Lion cautious", "Lion", {"cautious": True}),
     Case("Adafactor", "Adafactor", {"beta_1": 0.9, "weight_decay": 0.1}),
     Case("Muon", "Muon", {}),
     Case("AdamW clipped", "AdamW", {"bias_correction": True}, clipped=True),
@@ -278,7 +293,7 @@ def rows(width: int, dtypes: list[str]) -> Iterator[dict[str, Any]]:
             **fused_cost(case, size, kind)._asdict(),
             "on real gradients": fused_cost(case, REAL_WIDTH, kind, True)._asdict(),
         }
-        if hasattr(stock, case.name):
+        if case.is_stocks():
             for label, compiled in (("mlx_eager", False), ("mlx_compiled", True)):
                 row[label] = stock_cost(case, size, kind, compiled)._asdict()
             real = stock_cost(case, REAL_WIDTH, kind, compiled=True, real=True)

@@ -57,6 +57,13 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ),
     ("Muon", {}, {"learning_rate": 0.01}, {"weight_decay": 0.3}),
     ("AdEMAMix", {"warmup": 9}, {"learning_rate": schedule}, {"weight_decay": 0.2}),
+    ("Adan", {}, {"learning_rate": 0.01}, {"betas": (0.5, 0.6, 0.7)}),
+    ("NAdam", {}, {"betas": (0.5, 0.6)}, {"momentum_decay": 0.5}),
+    ("RAdam", {}, {"betas": (0.9, 0.99)}, {"learning_rate": schedule}),
+    ("LAMB", {}, {"weight_decay": 0.3}, {"learning_rate": schedule}),
+    ("AdamW", {"cautious": True}, {"weight_decay": 0.3}, {"betas": (0.5, 0.6)}),
+    ("ScheduleFreeSGD", {}, {"learning_rate": 0.01}, {"momentum": 0.5}),
+    ("ScheduleFreeAdamW", {}, {"betas": (0.5, 0.6)}, {"weight_decay": 0.2}),
 ]
 
 

@@ -35,6 +35,13 @@ from support import (
     to_numpy,
 )
 
+# These turn gradients into directions, and copy what is held.
+DIRECTED: list[tuple[str, dict[str, Any]]] = [
+    ("LAMB", {}),
+    ("AdamW", {"cautious": True, "bias_correction": True}),
+    ("Lion", {"cautious": True}),
+    ("Muon", {}),
+]
 RULES: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9, "weight_decay": 0.1}),
     ("SGD", {"momentum": 0.8, "nesterov": True}),
@@ -46,7 +53,14 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("Adagrad", {}),
     ("AdaDelta", {"rho": 0.8}),
     ("AdEMAMix", {"weight_decay": 0.1, "warmup": 5}),
-    ("Muon", {}),
+    ("AdamW", {"amsgrad": True, "bias_correction": True}),
+    ("AdaBelief", {"weight_decay": 0.1}),
+    ("Adan", {"weight_decay": 0.1}),
+    ("NAdam", {"weight_decay": 0.1}),
+    ("RAdam", {"betas": (0.9, 0.99)}),
+    ("ScheduleFreeSGD", {"weight_decay": 0.1}),
+    ("ScheduleFreeAdamW", {"warmup_steps": 3}),
+    *DIRECTED,
 ]
 each_storage = pytest.mark.parametrize("storage", STORAGES, ids=lambda x: x.name)
 # Of each kind one, for what is not about a rule or a dtype.
@@ -138,7 +152,7 @@ def test_a_step_is_that_of_float32(
     The simulator compiles a kernel for each, so it gets each rule with one storage, and
     one rule with all; with MLX_FUSED_TEST_ALL, all.
     """
-    is_usual = name == "AdamW" or storage.name == "int8-24bit"
+    is_usual = (name, options) == RULES[3] or storage.name == "int8-24bit"
     if backend == SIMULATOR and not (is_usual or os.environ.get("MLX_FUSED_TEST_ALL")):
         pytest.skip("set MLX_FUSED_TEST_ALL for each rule with each storage")
     rng = np.random.default_rng(0)
@@ -159,6 +173,9 @@ def test_a_step_is_that_of_float32(
         for key in weights:
             shape = SHAPES[key]
             reference.state[key] = plain_state(optimizer.state[key], shape, rule)
+        for key in ("weight_sum", "lr_max"):
+            if key in optimizer.state:
+                reference.state[key] = optimizer.state[key]
         widened = {key: g.astype(mx.float32) for key, g in gradients.items()}
         expected = reference.apply_gradients(widened, wide)
         weights = optimizer.apply_gradients(given, weights)
@@ -167,9 +184,9 @@ def test_a_step_is_that_of_float32(
             state = optimizer.state[key]
             assert_state_is(state, reference.state[key], rule)
             assert ("error" in state) == ("master_weights" in storage.options)
-            # Muon's directions are of the gradient's dtype: 2^-8 of an update of 0.01,
-            # which the iterations enlarge.
-            absolute = 2e-4 if name == "Muon" else 2e-6
+            # Directions are of the gradient's dtype: 2^-8 of an update of 0.01, which
+            # Muon's iterations enlarge.
+            absolute = 2e-4 if (name, options) in DIRECTED else 2e-6
             assert_weight_is(weight, state, expected[key], storage, absolute)
 
 
@@ -258,7 +275,7 @@ def test_weights_and_states_in_any_layout(backend: str, storage: Storage) -> Non
 
 
 @pytest.mark.fused
-@for_each(RULES[:-1])  # Muon turns gradients into directions, and copies what is held
+@for_each([row for row in RULES if row not in DIRECTED])
 @few_storages
 @eager_and_compiled
 def test_a_step_copies_nothing(

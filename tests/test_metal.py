@@ -158,7 +158,9 @@ def test_more_strides_than_a_launch_can_describe(backend: str) -> None:
 
 
 @simulated
-@pytest.mark.parametrize("rule", ["AdamBiasCorrected", "AdaDelta", "Lion", "AdEMAMix"])
+@pytest.mark.parametrize(
+    "rule", ["AdamBiasCorrected", "AdaDelta", "Lion", "AdEMAMix", "Adan", "NAdam"]
+)
 def test_kernels_agree_in_unkind_arithmetic(backend: str, rule: str) -> None:
     """Contraction on, a power that is off by 2^-22, subnormals flushed."""
     single, half = mx.zeros(1), mx.zeros(1, mx.bfloat16)

@@ -25,6 +25,13 @@ LEAST = {
     "AdaDelta": 28,
     "Adamax": 28,
     "AdEMAMix": 36,
+    "AdamW amsgrad": 36,
+    "AdaBelief": 28,
+    "Adan": 44,
+    "NAdam": 28,
+    "RAdam": 28,
+    "ScheduleFreeSGD": 20,
+    "ScheduleFreeAdamW": 28,
     "AdamW clipped": 32,
 }
 
@@ -40,6 +47,20 @@ def test_bytes_and_launches_are_the_least(backend: str, case: Case) -> None:
         # The norm's partial sums are a few bytes a tensor.
         assert least <= cost.bytes_per_parameter <= least * 1.01
         assert cost.launches_per_tensor <= 0.34
+
+
+@pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
+@pytest.mark.parametrize(
+    ("label", "least"), [("LAMB", 48), ("AdamW cautious", 40), ("Lion cautious", 32)]
+)
+def test_whole_updates_are_written_once_and_read_twice(
+    backend: str, label: str, least: int
+) -> None:
+    """The moments' pass, the sums', and the write of the parameter."""
+    (case,) = (case for case in CASES if case.label == label)
+    cost = fused_cost(case, 64, mx.float32)
+    assert least <= cost.bytes_per_parameter <= least * 1.02
+    assert cost.launches_per_tensor <= 2
 
 
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)

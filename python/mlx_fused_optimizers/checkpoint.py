@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from ._formats import HALF_DTYPES, has_shape, plain_name
 from ._kernels import kernels
 from .optimizers.base import INIT, OPTION_ENTRIES, Optimizer, parts_of, rebuilt
-from .optimizers.options import OPTIONS, warn_caller
+from .optimizers.options import OPTIONS, VARIANTS, warn_caller
 
 __all__ = ["load", "save"]
 
@@ -214,7 +214,8 @@ def load(
     if strict:
         has, wants = _settings(configuration), _settings(_configuration(optimizer))
         # Options may be added in mid-run.
-        added = {n for n in wants.keys() - has if n.rpartition(".")[2] in OPTIONS}
+        new = wants.keys() - has
+        added = {n for n in new if n.rpartition(".")[2] in (*OPTIONS, *VARIANTS)}
         wants = {name: want for name, want in wants.items() if name not in added}
         match.problems += _differences("configuration", has, wants)
     title = f"{os.fspath(path)} does not fit"
@@ -466,6 +467,9 @@ class _Match:
             optimizer.init_single(parameter, expected)
             if isinstance(optimizer, Optimizer):
                 optimizer._hold(path, parameter, expected)
+                there = {*map(plain_name, found)}
+                added = {*optimizer._added_states()} - there
+                found |= {k: x for k, x in expected.items() if plain_name(k) in added}
                 if converts:
                     found = self.held_as(optimizer, path, parameter, expected, found)
             # Something else is right only if the optimizer has the same now, as when

@@ -84,8 +84,11 @@ class Adam(FusedOptimizer, stock.Adam):
             raise ValueError(
                 f"[{type(self).__name__}] amsgrad and cautious exclude each other"
             )
-        self.amsgrad = amsgrad
-        self.cautious = cautious
+        # Only then, so that checkpoints stay those of mlx.optimizers by default.
+        if amsgrad:
+            self.amsgrad = True
+        if cautious:
+            self.cautious = True
 
     def _rule(self) -> str:
         if self.amsgrad or self.cautious:

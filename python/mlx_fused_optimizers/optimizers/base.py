@@ -391,6 +391,10 @@ class Optimizer(stock.Optimizer):
     ) -> None:
         """Bring a parameter's state into the form that the options ask for."""
 
+    def _added_states(self) -> tuple[str, ...]:
+        """The states that an argument adds, and a checkpoint may be without."""
+        return ()
+
     def _shapes(self, parameter: mx.array) -> dict[str, Any]:
         """The shapes that the entries of a parameter's state must have.
 

@@ -227,10 +227,6 @@ class FusedOptimizer(Optimizer):
         """The states that ``state_dtype`` may bring into codes."""
         return kernels.states(self._rule())
 
-    def _added_states(self) -> tuple[str, ...]:
-        """The states that an argument adds, and a checkpoint may be without."""
-        return ()
-
     def _cast(self, value: Any) -> Any:
         is_moment = isinstance(value, mx.array) and value.dtype in FUSED_DTYPES
         dtype = self._plain_dtype()

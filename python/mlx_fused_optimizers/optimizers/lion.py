@@ -65,7 +65,8 @@ class Lion(FusedOptimizer, stock.Lion):
         check_numbers(self, weight_decay=weight_decay)
         check_flags(self, cautious=cautious)
         stock.Lion.__init__(self, learning_rate, cast(Any, betas), weight_decay)
-        self.cautious = cautious
+        if cautious:  # so that checkpoints stay those of mlx.optimizers by default
+            self.cautious = True
         self._set_options(**options)
 
     def _rule(self) -> str:

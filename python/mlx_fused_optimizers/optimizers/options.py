@@ -19,6 +19,9 @@ from .._formats import BLOCKS, ERRORS, HALF_DTYPES
 
 FUSED_DTYPES = (mx.float32, *HALF_DTYPES)
 
+# Arguments of Adam and Lion that a run may begin with at a checkpoint.
+VARIANTS = ("amsgrad", "cautious")
+
 WeightDecayFilter = Callable[[str, mx.array], bool]
 QuantizeFilter = Callable[[str, mx.array], bool]
 Groups = Sequence[tuple[Callable[[str, mx.array], bool], dict[str, Any]]]

@@ -235,9 +235,10 @@ class _ScheduleFree(FusedOptimizer):
         if wide.dtype in HALF_DTYPES:
             wide, z = wide.astype(mx.float32), z.astype(mx.float32)
         wide = wide + part_of(beta) * (z - wide)
-        if is_split and changed is not None:
+        if is_split:
             weight, error = kernels.split(wide, master_of(error), parameter.dtype)
-            changed.append((state, error))
+            if changed is not None:
+                changed.append((state, error))
             return weight
         return wide.astype(parameter.dtype)
 
