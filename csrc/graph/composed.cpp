@@ -152,6 +152,11 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
         }
         auto result =
             has_pairs ? from_pairs(slots[k].array()) : slots[k].array();
+        // A state that is set to a gradient that broadcasts keeps its shape.
+        if (const auto& shape = given[k].shape(); result.shape() != shape) {
+          result = mx::broadcast_to(
+              result, mx::broadcast_shapes(result.shape(), shape));
+        }
         auto format = layout.formats[k];
         format.dtype = dtypes[k];
         if (format.has_codes()) {

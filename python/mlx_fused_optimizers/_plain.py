@@ -740,8 +740,14 @@ def _updated(
     )
     first = int(rule.reads_parameter)
     parameter = slots[0] if first else None
+    wide = [*slots]
     gradient, parameter, states = rule.update(slots[-1], parameter, slots[first:-1])
     slots = [*([parameter] if first else []), *states, gradient]
+    # A state that is set to a gradient that broadcasts keeps its shape.
+    slots = [
+        mx.broadcast_to(x, mx.broadcast_shapes(x.shape, old.shape))
+        for x, old in zip(slots, wide, strict=True)
+    ]
     if has_pairs:
         slots = [x.view(mx.complex64).squeeze(-1) for x in slots]
     if skip is not None:

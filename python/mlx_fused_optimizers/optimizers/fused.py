@@ -251,7 +251,7 @@ class FusedOptimizer(Optimizer):
 
     @property
     def takes_whole(self) -> bool:
-        """Whether it needs whole parameters: a size is that of a whole update."""
+        """Whether it needs whole parameters, for the size of a whole update."""
         return self._rule() in DIRECTIONS
 
     def _sizes(

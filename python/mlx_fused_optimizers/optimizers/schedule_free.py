@@ -335,7 +335,7 @@ class ScheduleFreeAdamW(_ScheduleFree):
         y_{t+1} &= (1 - \beta_1) z_{t+1} + \beta_1 x_{t+1}
 
     Sequences, weights, warm-up and source are those of :class:`ScheduleFreeSGD`: train
-    with :math:`y`, evaluate with :math:`x`, see :meth:`averaged` and :meth:`eval`.
+    with :math:`y`, evaluate with :math:`x`, by the same methods.
 
     State of a parameter: ``z``, as there, and ``v``, of the parameter's shape and
     dtype. A step moves 28 bytes a float32 parameter, as AdamW's.

@@ -316,10 +316,10 @@ class RAdam(_Relative):
         \rho_\infty = 2 / (1 - \beta_2) - 1 \\
         r_t &= \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}{(\rho_\infty - 4)
         (\rho_\infty - 2) \rho_t}} \\
-        w_t &= w_{t-1} - \lambda \frac{m_t}{1 - \beta_1^t} \begin{cases} r_t \sqrt{1 -
-        \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\ 1 & \text{otherwise}
-        \end{cases}
+        w_t &= w_{t-1} - \lambda \frac{m_t}{1 - \beta_1^t} \cdot \frac{r_t \sqrt{1 -
+        \beta_2^t}}{\sqrt{v_t} + \epsilon}
 
+    While :math:`\rho_t` is at most 5, in the first steps, the last factor is 1.
     Source: Liu et al., "On the variance of the adaptive learning rate and beyond",
     arXiv:1908.03265, algorithm 2, with torch's limit of 5 and its place of
     :math:`\epsilon`.
