@@ -46,8 +46,9 @@ def run_every_kernel() -> tuple[set[str], list[str]]:
             if failure:
                 failures.append(f"{rule} ({dtype}, {storages}): {failure}")
     for array in arrays:
-        if failure := kernels.check_sums(array):
-            failures.append(f"sums ({array.dtype}): {failure}")
+        for counts in (False, True):
+            if failure := kernels.check_sums(array, counts):
+                failures.append(f"sums ({array.dtype}, {counts=}): {failure}")
     return {launch.kernel for launch in metal_simulator.counters()}, failures
 
 

@@ -55,7 +55,11 @@ def values_of(rule: str, nesterov: float = 1.0) -> dict[str, Any]:
 
 
 def scalars_of(rule: str) -> Arguments:
-    return {"learning_rate": mx.array(0.01), "step": mx.array(3, mx.uint64)}
+    return {
+        "learning_rate": mx.array(0.01),
+        "step": mx.array(3, mx.uint64),
+        "coefficient": mx.array(0.7),
+    }
 
 
 def update(

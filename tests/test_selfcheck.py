@@ -25,7 +25,11 @@ def test_table_and_json() -> None:
     report = run("--json")
     assert report.returncode == 0
     results = json.loads(report.stdout)["results"]
-    assert {result["kernel"] for result in results} == {*_ext.rule_names(), "sums"}
+    assert {result["kernel"] for result in results} == {
+        *_ext.rule_names(),
+        "sums",
+        "counts",
+    }
     assert all(result["failure"] is None for result in results)
     assert f"{len(results)} of {len(results)} kernels agree." in table.stdout
     assert table.stdout.count(" ok") == len(results)
@@ -37,7 +41,7 @@ def test_table_and_json() -> None:
 def test_a_failure_is_reported_with_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_ext, "check_sums", lambda array: "relative error 0.5")
+    monkeypatch.setattr(_ext, "check_sums", lambda *_: "relative error 0.5")
     monkeypatch.setattr(sys, "argv", ["selfcheck"])
     assert selfcheck.main() == 1
     output = capsys.readouterr().out
@@ -50,4 +54,4 @@ def test_a_failure_is_reported_with_exit_code_1(
         for result in json.loads(capsys.readouterr().out)["results"]
         if result["failure"]
     ]
-    assert {result["kernel"] for result in failures} == {"sums"}
+    assert {result["kernel"] for result in failures} == {"sums", "counts"}
