@@ -80,6 +80,7 @@ bench: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/examples
 	$(BIN)/python -m bench.train_step
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.front_page
+	$(BIN)/python -m bench.accumulate
 
 convergence: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/examples
 	$(BIN)/python -m bench.convergence

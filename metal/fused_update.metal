@@ -86,6 +86,9 @@ METAL_FUNC void update_tile(
     bool skip,
     uint tile,
     uint thread_index) {
+  if (skip && slots.is_in_place()) {
+    return;  // all that would be written is there
+  }
   const int64_t start = int64_t(tile - tensor.first_tile) * tile_size;
   if constexpr (Slots::coded > 0) {
     for (int j = int(thread_index); j < tile_size / Slots::block_size;
@@ -127,6 +130,9 @@ METAL_FUNC void update_block(
     uint tile,
     uint thread_index,
     threadgroup G* stage) {
+  if (skip && slots.is_in_place()) {
+    return;
+  }
   const Block at = block_of_tile<rows, columns>(
       tile - tensor.first_tile, walks + tensor.walk, tensor.dimensions);
   const bool may_vectorize = tensor.vectorized != 0;

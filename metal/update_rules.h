@@ -61,6 +61,10 @@ METAL_FUNC float smaller(float a, float b) { return a < b ? a : b; }
 
 METAL_FUNC float power(float a, float b) { return metal::precise::pow(a, b); }
 
+METAL_FUNC float where_positive(float x, float a, float b) {
+  return x > 0 ? a : b;
+}
+
 // 1 - beta^step for a beta below 1, to float32's accuracy for any beta: as
 // -expm1(x) with x = step * log(beta). Near zero that is its Taylor series,
 // whose next term is below 1e-9 of the sum; elsewhere nothing cancels.
@@ -782,6 +786,24 @@ RULE(Descent) {
 
   void update(thread T & g, thread T & p, thread T * s) const thread {
     p = p * retained - size * g;
+  }
+};
+
+// Adds a gradient to the sum of those before it, which `step` counts; at 0 it
+// begins a new sum, whatever the old one holds.
+RULE(GradientSum) {
+  static constexpr constant bool reads_step = true;
+  static constexpr constant bool reads_learning_rate = false;
+  static constexpr constant bool reads_parameter = false;
+  static constexpr constant bool writes_parameter = false;
+  STATES(gradient_sum);
+
+  T count;
+
+  void prepare(T rate, T step) thread { count = step; }
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    s[0] = where_positive(count, s[0] + g, g);
   }
 };
 

@@ -60,6 +60,18 @@ def test_bytes_a_parameter_are_those_promised(tmp_path: Path) -> None:
     assert (tmp_path / "memory.png").stat().st_size > 0
 
 
+def test_accumulation_needs_no_more_with_more_batches(tmp_path: Path) -> None:
+    sizes = ["--width", "128", "--layers", "2", "--vocabulary", "512", "--k", "2", "8"]
+    done = run("bench.accumulate", *sizes, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "accumulate.json").read_text())["rows"]
+    two, eight = (row["bytes a parameter"] for row in rows)
+    for way in ("accumulate=k", "accumulate=k, compiled"):
+        assert eight[way] < 1.1 * two[way]
+        assert eight[way] < eight["MLX, tree_map"]
+    assert (tmp_path / "accumulate.png").stat().st_size > 0
+
+
 def test_convergence_in_codes(tmp_path: Path) -> None:
     sizes = ["--width", "64", "--layers", "1", "--context", "16", "--steps", "50"]
     modes = ["float32", "bf16 + 24bit, int8 states", "bf16 + 24bit, int4 states"]

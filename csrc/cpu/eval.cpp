@@ -517,6 +517,19 @@ void FusedUpdate::eval_cpu(const Arrays& graph_inputs, Arrays& outputs) {
     return;
   }
 
+  // MLX allocates ahead of the work. An update with parameters waits until no
+  // forward pass reads those; without, the memory of all gradients would be
+  // allocated before the first of them was used.
+  if (can_wait && layout.rule->slots[0].role == Role::state) {
+    size_t bytes = 0;
+    for (int i = 0; i < layout.tensors; ++i) {
+      bytes += inputs[layout.gradient(i)].nbytes();
+    }
+    if (bytes >= worth_waiting) {
+      mx::synchronize(stream());
+    }
+  }
+
   UpdateTask task{update_.layout};
   for (const auto& set : *update_.sets) {
     task.numbers.push_back(numbers(set));

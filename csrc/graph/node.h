@@ -75,6 +75,12 @@ inline Node power(const Node& a, const Node& b) {
   return mx::power(a.beside(b), b.beside(a));
 }
 
+inline Node where_positive(const Node& x, const Node& a, const Node& b) {
+  const auto condition =
+      mx::greater(x.array(), mx::array(0, x.array().dtype()));
+  return mx::where(condition, a.beside(b), b.beside(a));
+}
+
 inline Node one_minus_power(const Number<Node>& beta, const Node& step) {
   return mx::negative(mx::expm1((step * beta.logarithm).array()));
 }

@@ -22,9 +22,6 @@ namespace {
 // large buffer alive for as long as the model lives.
 constexpr size_t donation_slack = 16384;
 
-// Bytes from which waiting is cheaper than a copy.
-constexpr size_t worth_waiting = 1 << 16;
-
 std::atomic<size_t> copied = 0;
 
 // An update that does the same to all elements, in whatever order, keeps the

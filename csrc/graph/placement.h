@@ -7,6 +7,9 @@
 
 namespace mlx_fused {
 
+// Bytes from which waiting is cheaper than a copy.
+constexpr size_t worth_waiting = 1 << 16;
+
 // Gives each output memory: its input's own where nothing else holds that,
 // otherwise new memory, row-contiguous, which the caller fills from the input.
 //

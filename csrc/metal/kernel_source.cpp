@@ -113,7 +113,7 @@ std::string UpdateKernel::source() const {
   const auto [rows, columns] = block_size();
   const auto shape = std::to_string(rows) + ", " + std::to_string(columns);
   int coded = 0, scales_block = 64;
-  std::string fields, loads, stores, load_scales, store_scales;
+  std::string fields, loads, stores, load_scales, store_scales, in_place;
   for (const auto& part : layout.parts) {
     const auto& format = layout.format(part);
     const auto type = type_of(format, part);
@@ -121,6 +121,7 @@ std::string UpdateKernel::source() const {
     fields += "  const device " + type + "* " + name + ";\n";
     if (part.is_written) {
       fields += "  device " + type + "* new_" + name + ";\n";
+      in_place += " && " + name + " == new_" + name;
     }
     const bool is_state = rule.slots[part.slot].role == Role::state;
     if (part.is_companion || (!is_state && name != "parameter")) {
@@ -268,7 +269,9 @@ std::string UpdateKernel::source() const {
          load_scales +
          "  }\n\n  void store_scales(int j, int64_t to) const thread {\n"
          "    if (to >= 0) {\n" +
-         store_scales + "    }\n  }\n};\n\n[[kernel]] void " + name() + "(\n" +
+         store_scales +
+         "    }\n  }\n\n  bool is_in_place() const thread {\n    return true" +
+         in_place + ";\n  }\n};\n\n[[kernel]] void " + name() + "(\n" +
          buffers +
          "    uint tile [[threadgroup_position_in_grid]],\n"
          "    uint thread_index [[thread_position_in_threadgroup]]) {\n"

@@ -219,6 +219,17 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       "array"_a, "counts"_a = false,
       "What is wrong with the default device's sums of squares of arrays of "
       "this dtype, or None.");
+  m.def(
+      "known",
+      [](const mlx::core::array& a) -> std::optional<int64_t> {
+        if (a.is_tracer() || !a.is_available()) {
+          return std::nullopt;
+        }
+        return mlx::core::array(a).item<uint32_t>();
+      },
+      "count"_a,
+      "The value of a uint32 if it is computed already, or None: waits for "
+      "nothing.");
   using mlx_fused::Leaves;
   nb::class_<Leaves>(m, "Leaves",
                      "The leaves of a step's trees, collected in one walk.")
@@ -230,6 +241,9 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       .def_prop_ro("gradients", &Leaves::gradients)
       .def_prop_ro("parameters", &Leaves::parameters)
       .def_prop_ro("states", &Leaves::states)
+      .def_rw("keep_dtypes", &Leaves::keep_dtypes,
+              "Whether parameters and states keep their dtypes beside wider "
+              "gradients.")
       .def("dtypes", &Leaves::dtypes,
            "The distinct dtypes of the gradients; None if something is no "
            "array.")

@@ -366,7 +366,7 @@ bool Leaves::update(Request request,
       companions.resize(chosen.size(), gradients[0]);
     }
   }
-  request.keep_dtypes = state_dtype.has_value();
+  request.keep_dtypes = keep_dtypes || state_dtype.has_value();
   if (indices) {
     request.numbers.assign(chosen.begin(), chosen.end());
   }

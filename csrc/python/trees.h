@@ -68,6 +68,9 @@ class Leaves {
   // The gradients' tree with these leaves in place of its own.
   nb::object replace(const nb::list& leaves) const;
 
+  // Whether parameters and states keep their dtypes beside wider gradients.
+  bool keep_dtypes = false;
+
  private:
   struct Place;
   void collect(nb::handle gradients, nb::object parameters, nb::object state,

@@ -172,6 +172,7 @@ class Leaves:
         self._parameters: list[Any] = []
         self._states: list[Any] = []
         self._changes: list[tuple[int, str, Any]] = []
+        self.keep_dtypes = False
         self._collect(gradients, parameters, state, f"the {what}", "")
 
     def _collect(
@@ -290,7 +291,7 @@ class Leaves:
                     given,
                     new,
                     held[entry],
-                    state_dtype is not None,
+                    self.keep_dtypes or state_dtype is not None,
                     (seed, step) if is_random else None,
                 )
             )
@@ -493,6 +494,10 @@ def instruction_set() -> str:
 
 def bytes_copied() -> int:
     return 0
+
+
+def known(count: mx.array) -> int | None:
+    return None  # MLX does not tell without waiting
 
 
 def _sum(x: mx.array) -> mx.array:

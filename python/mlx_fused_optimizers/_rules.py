@@ -72,6 +72,7 @@ FUNCTIONS = {
     "sign_of": sign_of,
     "smaller": mx.minimum,
     "square_root": square_root,
+    "where_positive": lambda x, a, b: mx.where(x > 0, a, b),
 }
 
 
@@ -111,7 +112,7 @@ def number_of(value: Any) -> Any:
 # What is translated: not the functions of float and of the machine's integers, of which
 # those above are the Python.
 _ITEM = re.compile(
-    r"METAL_FUNC (?P<result>T|U|void) (?P<function>\w+)"
+    r"METAL_FUNC (?P<result>T|U|void)\s(?P<function>\w+)"
     r"\((?P<parameters>(?!float|uint32_t|bool)[^)]*)\)\s*\{"
     r"|RULE\((?P<rule>\w+)\)\s*\{|struct (?P<struct>\w+)\s*\{"
 )

@@ -24,9 +24,10 @@ import mlx.nn as nn
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from ._formats import HALF_DTYPES, has_shape, plain_name
+from ._formats import HALF_DTYPES, HELD, has_shape, plain_name
 from ._kernels import kernels
 from .optimizers.base import INIT, OPTION_ENTRIES, Optimizer, parts_of, rebuilt
+from .optimizers.multi import SUMS
 from .optimizers.options import OPTIONS, VARIANTS, warn_caller
 
 __all__ = ["load", "save"]
@@ -391,7 +392,8 @@ class _Match:
         own = {k: v for k, v in optimizer.state.items() if not _is_node(v)}
         for name, value in _arrays(own, mx.array).items():
             if name not in saved and name in OPTION_ENTRIES:
-                state[name] = value  # the file is without the option
+                # The file is without the option, and without sums of gradients.
+                state[name] = value * 0 if name == "micro_step" else value
                 continue
             found = {name: saved.pop(name)} if name in saved else {}
             counts = mx.issubdtype(value.dtype, mx.integer) and name != "learning_rate"
@@ -411,8 +413,18 @@ class _Match:
                 state["states"].append(
                     self.state(part, parameters, chosen, start + inner)
                 )
+            inner = f"{SUMS}."
+            names = [name for name in saved if name.startswith(inner)]
+            chosen = {name.removeprefix(inner): saved.pop(name) for name in names}
+            now = optimizer.state.get(SUMS)
+            sums = self.parameters(optimizer, parameters, chosen, start + inner, now)
+            self.differ(start + inner, _kinds(chosen), {})
+            if now is not None and sums:
+                state[SUMS] = sums
         else:
-            state |= self.parameters(optimizer, parameters, saved, start)
+            state |= self.parameters(
+                optimizer, parameters, saved, start, optimizer.state
+            )
         self.differ(start, _kinds(saved), {})
         return state
 
@@ -423,18 +435,23 @@ class _Match:
         self.problems += _differences("state", *pair)
 
     def parameters(
-        self, optimizer: stock.Optimizer, parameters: Any, saved: Arrays, root: str
+        self,
+        optimizer: stock.Optimizer,
+        parameters: Any,
+        saved: Arrays,
+        root: str,
+        current: Any,
     ) -> Any:
         """The parameters' states, in the form that ``init`` gives them.
 
-        Takes out of ``saved`` what is a parameter's.
+        Takes out of ``saved`` what is a parameter's. ``current`` is what they are now.
         """
         below: dict[str, list[str]] = defaultdict(list)  # names by each start of theirs
         for name in saved:
             for dot in re.finditer(r"\.", name):
                 below[name[: dot.start()]].append(name)
 
-        options = ("state_dtype", "master_weights")
+        options = ("state_dtype", "master_weights", "accumulate")
         converts = self.converts or any(getattr(optimizer, x, None) for x in options)
 
         def found_in(like: Any, found: Arrays) -> Any:
@@ -488,7 +505,7 @@ class _Match:
             self.differ(root + start, _kinds(found), _kinds(wanted))
             return {}
 
-        return states(parameters, optimizer.state, "")
+        return states(parameters, current, "")
 
     def held_as(
         self,
@@ -501,13 +518,15 @@ class _Match:
         """A parameter's saved state, held as the optimizer holds it."""
         if path in self.errors:
             found = {**found, "error": self.errors[path]}
-        keys = {plain_name(entry) for entry in (*expected, *found)} - {"error"}
+        keys = {plain_name(entry) for entry in (*expected, *found)}
+        keys -= {"error", *HELD}
         fits = all(has_shape(found, key, parameter.shape) for key in keys)
         if found.keys() == expected.keys() or not fits:
             return found
         held = dict(found)
         optimizer._hold(path, parameter, held)
-        self.converted[f"{', '.join(found)} to {', '.join(held)}"] += 1
+        if found.keys() - held or held.keys() - found - {*HELD}:
+            self.converted[f"{', '.join(found)} to {', '.join(held)}"] += 1
         return held
 
 

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from ._formats import HALF_DTYPES, is_error, is_half, plain_name
+from ._formats import HALF_DTYPES, HELD, is_error, is_half, plain_name
 from ._kernels import kernels
 from .optimizers.base import OPTION_ENTRIES, rebuilt
 from .optimizers.fused import FusedOptimizer
@@ -79,7 +79,8 @@ def full_precision(
     """What a model and its optimizer hold, as float32.
 
     A weight with a master becomes that, one of half precision its value, and a state
-    in codes what they stand for; ``mlx.optimizers`` can go on with both. Model and
+    in codes what they stand for; ``mlx.optimizers`` can go on with both. What it has
+    no use for, such as gradients that wait for their step, is left out. Model and
     optimizer stay as they are.
 
     Example:
@@ -154,7 +155,9 @@ def _plain_state(
             for key in {plain_name(entry) for entry in state}:
                 release(state, key, parameter.shape, optimizer._rule())
         return {
-            key: x.astype(mx.float32) if is_half(x) else x for key, x in state.items()
+            key: x.astype(mx.float32) if is_half(x) else x
+            for key, x in state.items()
+            if key not in HELD
         }
 
     nodes = {

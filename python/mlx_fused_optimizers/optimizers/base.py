@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten
 
-from .._formats import has_shape
+from .._formats import HELD, SUM, has_shape
 from .._kernels import kernels
 from ..shards import (
     Sharded,
@@ -23,6 +23,7 @@ from ..shards import (
     shards_of_arguments,
     shards_of_model,
 )
+from .held import hold_sum
 from .options import FUSED_DTYPES, OPTIONS, StepOptions, documented, warn_caller
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 INIT = "optimizer.init(model.trainable_parameters())"
 
 # Entries of the state that come and go with an option.
-OPTION_ENTRIES = ("grad_norm", "skipped_steps", "rounding_seed")
+OPTION_ENTRIES = ("grad_norm", "skipped_steps", "rounding_seed", "micro_step")
 
 NO_SHARDS: Shards = MappingProxyType({})
 
@@ -55,6 +56,8 @@ class Clip(NamedTuple):
     skip: mx.array | None = None  # a bool: nothing changes
     # Leaves, and the norm so far, where no update need wait for that of all.
     chunks: Sequence[tuple[list[int], mx.array]] = ()
+    waits: mx.array | None = None  # a bool: gradients have been added up, and no more
+    keep_dtypes: bool = False  # of parameters and state beside wider gradients
 
 
 def paths(tree: Any) -> list[str]:
@@ -160,6 +163,8 @@ class Optimizer(stock.Optimizer):
     max_grad_norm: float | None = None
     clip_by_last_norm: bool = False
     skip_nonfinite: bool = False
+    accumulate: int | None = None
+    accumulate_dtype: mx.Dtype | None = None
 
     def __init__(
         self,
@@ -189,6 +194,8 @@ class Optimizer(stock.Optimizer):
         max_grad_norm: float | None = None,
         clip_by_last_norm: bool = False,
         skip_nonfinite: bool = False,
+        accumulate: int | None = None,
+        accumulate_dtype: mx.Dtype | None = None,
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -198,6 +205,8 @@ class Optimizer(stock.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.clip_by_last_norm = clip_by_last_norm
         self.skip_nonfinite = skip_nonfinite
+        self.accumulate = accumulate
+        self.accumulate_dtype = accumulate_dtype
         self._set_option_state()
 
     def _set_option_state(self) -> None:
@@ -219,8 +228,12 @@ class Optimizer(stock.Optimizer):
 
     def _option_state(self) -> dict[str, mx.Dtype]:
         """The entries of the state that the options need."""
-        norm = {"grad_norm": mx.float32} if self._needs_norm() else {}
-        return {**norm, "skipped_steps": mx.uint64} if self.skip_nonfinite else norm
+        wanted = {
+            "grad_norm": (self._needs_norm(), mx.float32),
+            "skipped_steps": (self.skip_nonfinite, mx.uint64),
+            "micro_step": (self._accumulates(), mx.uint32),
+        }
+        return {name: dtype for name, (is_on, dtype) in wanted.items() if is_on}
 
     def _is_taken(self, name: str) -> ValueError:
         return ValueError(
@@ -230,6 +243,9 @@ class Optimizer(stock.Optimizer):
 
     def _needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.skip_nonfinite
+
+    def _accumulates(self) -> bool:
+        return self.accumulate is not None and self.accumulate > 1
 
     @property
     def state(self) -> Any:
@@ -376,7 +392,7 @@ class Optimizer(stock.Optimizer):
             shapes = self._shapes(node)
             if not all(has_shape(state, k, x) for k, x in shapes.items()):
                 state.clear()
-        is_new = not state
+        is_new = not state.keys() - HELD
         if is_new:
             self.init_single(node, state)
         self._hold(path, node, state, is_new)
@@ -390,6 +406,13 @@ class Optimizer(stock.Optimizer):
         is_new: bool = False,
     ) -> None:
         """Bring a parameter's state into the form that the options ask for."""
+        if self._accumulates():
+            hold_sum(state, parameter, self.accumulate_dtype)
+        elif SUM in state:
+            own: dict[str, Any] = {}
+            self.init_single(parameter, own)
+            if SUM not in own:
+                del state[SUM]
 
     def _added_states(self) -> tuple[str, ...]:
         """The states that an argument adds, and a checkpoint may be without."""
@@ -536,9 +559,17 @@ class Optimizer(stock.Optimizer):
         self.state["step"] = self._step_count(self.step)
         for name, schedule in self._schedulers.items():
             self.state[name] = self._scheduled(name, schedule(self.step))
-        if clip is None:
+        if self._accumulates():
+            summed = self._add(leaves, clip)
+            if summed is None and not shards:
+                return leaves.replace(leaves.parameters)
+            leaves = kernels.Leaves(summed, parameters, self.state)
+            clip = self._clip_of_mean(leaves, clip, shards)
+            self._record(clip)
+        elif clip is None:
             clip = self._measure(leaves, shards)
             self._record(clip)
+        leaves.keep_dtypes = clip.keep_dtypes
         step = self.step + 1
         if clip.skip is not None:
             step = mx.where(clip.skip, self.step, step)
@@ -562,20 +593,109 @@ class Optimizer(stock.Optimizer):
 
     def _record(self, clip: Clip) -> None:
         state = self.state
-        if clip.norm is not None:
-            state["grad_norm"] = clip.norm
-        if clip.skip is not None:
-            state["skipped_steps"] = state["skipped_steps"] + clip.skip
+        norm, skip = clip.norm, clip.skip
+        if clip.waits is not None:
+            skip = None if skip is None else skip & ~clip.waits
+            if norm is not None:
+                norm = mx.where(clip.waits, state["grad_norm"], norm)
+        if norm is not None:
+            state["grad_norm"] = norm
+        if skip is not None and self.skip_nonfinite:
+            state["skipped_steps"] = state["skipped_steps"] + skip
 
-    def _measure(self, leaves: Leaves, shards: Shards) -> Clip:
+    def _add(self, leaves: Leaves, whole: Clip | None) -> Any:
+        """Add the gradients to their sums, and return the sums' tree.
+
+        None if the step is known to be a later call's: then nothing else need be done.
+        What the whole that this is a part of has measured holds for each gradient.
+        """
+        whole = whole or Clip()
+        state = self.state
+        count = as_array(state["micro_step"]).astype(mx.uint32)
+        known = kernels.known(count)
+        self._check_sums(leaves)
+        done = leaves.update(
+            "GradientSum",
+            [{}],
+            step=count,
+            gradient_scale=whole.scale,
+            skip=whole.skip,
+            state_dtype=self.accumulate_dtype,
+        )
+        assert done
+        leaves.commit()
+        added = count + 1
+        if whole.skip is not None:
+            added = mx.where(whole.skip, count, added)
+        state["micro_step"] = added
+        if known is not None and known + 1 < (self.accumulate or 1):
+            return None
+        return leaves.replace([state[SUM] for state in leaves.states])
+
+    def _check_sums(self, leaves: Leaves) -> None:
+        """Refuse what does not fit at each call: the k-th would find it too late."""
+        for i, (gradient, parameter, state) in enumerate(
+            zip(leaves.gradients, leaves.parameters, leaves.states, strict=True)
+        ):
+            shape = gradient.shape
+            total = state[SUM] = as_array(state.get(SUM))
+            if getattr(total, "shape", None) == shape == parameter.shape:
+                continue
+            title = f"[{type(self).__name__}] the %s of '{paths(leaves.tree)[i]}'"
+            try:
+                mx.broadcast_shapes(shape, parameter.shape)
+            except ValueError as error:
+                raise ValueError(
+                    f"{title % 'gradient'} has shape {shape}; expected "
+                    f"{parameter.shape}"
+                ) from error
+            if getattr(total, "shape", None) not in (shape, parameter.shape):
+                raise ValueError(
+                    f"{title % SUM} has shape {getattr(total, 'shape', None)}; "
+                    f"expected {parameter.shape}. When a model has changed, call "
+                    f"{INIT}"
+                )
+
+    def _clip_of_mean(self, leaves: Leaves, whole: Clip | None, shards: Shards) -> Clip:
+        """What makes a step of sums of gradients, or waits for more of them."""
+        count = self.state["micro_step"]
+        waits = count < (self.accumulate or 1)
+        if whole is not None and whole.skip is not None:
+            waits = waits | whole.skip
+        self.state["micro_step"] = mx.where(waits, count, 0).astype(mx.uint32)
+        # As many as there are, should k have changed. There is one at least, or none
+        # is used.
+        number = mx.maximum(count, 1).astype(mx.float32)
+        if mx.float64 in (leaves.dtypes() or ()):
+            for i, total in enumerate(leaves.gradients):
+                leaves.set_gradient(i, (total / number).astype(total.dtype))
+            number = mx.array(1.0)
+        clip = self._measure(leaves, shards, number)
+        keeps = self.accumulate_dtype is not None or (whole or Clip()).keep_dtypes
+        return clip._replace(
+            scale=1 / number if clip.scale is None else clip.scale,
+            skip=waits if clip.skip is None else waits | clip.skip,
+            waits=waits,
+            keep_dtypes=keeps,
+        )
+
+    def _measure(
+        self, leaves: Leaves, shards: Shards, number: mx.array | None = None
+    ) -> Clip:
+        """The norm of the gradients, or of their mean if they are sums of a number."""
         if not self._needs_norm():
             return Clip()
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         if self.clip_by_last_norm and not shards:
-            return self._measure_in_chunks(leaves, limit)
+            return self._measure_in_chunks(leaves, limit, number)
         norm, factor = measure(leaves.gradients, limit, leaves.tree, shards)
+        if number is not None:
+            norm = norm / number
+            factor = mx.minimum(limit / (norm + 1e-6), 1.0)
         if self.clip_by_last_norm:
             factor = self._factor_of_last_norm(limit)
+        if number is not None:
+            factor = factor / number
         if factor.dtype == mx.float64:
             # The kernels' factor is a float32, whose range may not hold it.
             for i, gradient in enumerate(leaves.gradients):
@@ -587,7 +707,9 @@ class Optimizer(stock.Optimizer):
             ~mx.isfinite(norm) if self.skip_nonfinite else None,
         )
 
-    def _measure_in_chunks(self, leaves: Leaves, limit: float) -> Clip:
+    def _measure_in_chunks(
+        self, leaves: Leaves, limit: float, number: mx.array | None
+    ) -> Clip:
         """The last norm's factor, and the norm in parts that need no other's."""
         gradients = leaves.gradients
         total = mx.array(0.0)
@@ -604,7 +726,10 @@ class Optimizer(stock.Optimizer):
             # before the first update.
             total, _ = measure([*(gradients[i] for i in chosen), total], limit)
             chunks.append((chosen, total))
-        return Clip(total, self._factor_of_last_norm(limit), None, chunks)
+        factor = self._factor_of_last_norm(limit)
+        if number is not None:
+            total, factor = total / number, factor / number
+        return Clip(total, factor, None, chunks)
 
     def _factor_of_last_norm(self, limit: float) -> mx.array:
         return mx.minimum(limit / (self.state["grad_norm"] + 1e-6), 1.0)
@@ -618,14 +743,20 @@ class Optimizer(stock.Optimizer):
             leaves.states,
             strict=True,
         )
-        return leaves.replace([self._apply_one(*leaf, clip) for leaf in named])
+        updated = []
+        for path, gradient, parameter, state in named:
+            held = {key: state.pop(key) for key in HELD if key in state}
+            updated.append(self._apply_one(path, gradient, parameter, state, clip))
+            state.update(held)
+        return leaves.replace(updated)
 
     def _apply_one(
         self, path: str, gradient: Any, parameter: Any, state: Any, clip: Clip
     ) -> Any:
         """The updated parameter, by the user's apply_single."""
         if clip.scale is not None:
-            gradient = (gradient * clip.scale).astype(gradient.dtype)
+            dtype = parameter.dtype if clip.keep_dtypes else gradient.dtype
+            gradient = (gradient * clip.scale).astype(dtype)
         if clip.skip is None:
             return self.apply_single(gradient, parameter, state)
         before = dict(state)

@@ -222,6 +222,7 @@ class FusedOptimizer(Optimizer):
                 for key in kernels.states(rule):
                     state[key] = state[key].astype(parameter.dtype)
         hold_error(state, parameter, self.master_weights)
+        super()._hold(path, parameter, state, is_new)
 
     def _coded_states(self) -> list[str]:
         """The states that ``state_dtype`` may bring into codes."""

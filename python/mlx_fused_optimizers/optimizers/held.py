@@ -6,8 +6,17 @@ from collections.abc import Iterable
 
 import mlx.core as mx
 
-from .._formats import ERRORS, HALF_DTYPES, State, is_error, kind_of, shapes_in
+from .._formats import (
+    ERRORS,
+    HALF_DTYPES,
+    SUM,
+    State,
+    is_error,
+    kind_of,
+    shapes_in,
+)
 from .._kernels import kernels
+from .options import FUSED_DTYPES
 
 
 def release(state: State, key: str, shape: Iterable[int], rule: str) -> None:
@@ -36,6 +45,17 @@ def hold_zeros(state: State, keys: Iterable[str], rule: str, kind: str) -> None:
         is_unsigned = kind == "int4" or key in kernels.non_negative(rule)
         state[f"{key}_{kind}"] = mx.zeros(codes, mx.uint8 if is_unsigned else mx.int8)
         state[f"{key}_scales"] = mx.zeros(scales, mx.float32)
+
+
+def hold_sum(state: State, parameter: mx.array, dtype: mx.Dtype | None) -> None:
+    """Give the state the sum of the gradients that wait for their step."""
+    total = state.get(SUM)
+    if total is None or tuple(total.shape) != tuple(parameter.shape):
+        total = mx.zeros(parameter.shape, parameter.dtype)
+    # There is no half a complex number.
+    if dtype is not None and total.dtype in FUSED_DTYPES:
+        total = total.astype(dtype)
+    state[SUM] = total
 
 
 def hold_error(state: State, parameter: mx.array, master: str | None) -> None:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from .._ext import Leaves
     from .options import StepOptions
 
+# The entry of the state that has the sums of ``accumulate``, a tree like the model's.
+SUMS = "gradient_sums"
+
 Filter = Callable[[str, mx.array], bool]
 
 
@@ -74,9 +77,10 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         for number, part in enumerate(parts):
             part._part = number  # random bits of its own
         foreign = [o for o in optimizers if not isinstance(o, Optimizer)]
-        if self.skip_nonfinite and foreign:
+        if (self.skip_nonfinite or self._accumulates()) and foreign:
+            option = "skip_nonfinite" if self.skip_nonfinite else "accumulate"
             raise ValueError(
-                "skip_nonfinite needs optimizers of mlx_fused_optimizers, "
+                f"{option} needs optimizers of mlx_fused_optimizers, "
                 f"{type(foreign[0]).__module__}.{type(foreign[0]).__name__} was "
                 "provided"
             )
@@ -97,6 +101,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         for optimizer, part in zip(self.optimizers, state["states"], strict=True):
             optimizer.state = part
         self._state = {k: v for k, v in state.items() if k != "states"}
+        self._initialized = False
         self._set_option_state()
 
     @property
@@ -133,7 +138,20 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         parts = self._split(parameters, [first[i] for i in chosen])
         for i in sorted({*first}):
             self.optimizers[i].init(parts[i])
+        self._init_sums(parameters)
         self._set_option_state()
+
+    def _init_sums(self, parameters: Any) -> None:
+        """Sums of gradients beside the parts' states: no part need know of them."""
+        if self._accumulates():
+            state: Any = self._state
+            state[SUMS] = self._state_of(parameters, state.get(SUMS), "")
+        else:
+            self._state.pop(SUMS, None)
+        self._initialized = True
+
+    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
+        """The parts have the parameters' states."""
 
     def _chosen(self, leaves: Leaves) -> list[int]:
         """Which optimizer each leaf goes to."""
@@ -178,12 +196,22 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         shards: Shards = NO_SHARDS,
     ) -> Any:
         leaves = kernels.Leaves(gradients)
-        is_outermost = clip is None
-        if clip is None:
-            self._set_option_state()
-            # Parts have chunks of their own.
-            clip = self._measure(leaves, shards)._replace(chunks=())
-            gradients = leaves.replace(leaves.gradients)  # scaled, if in float64
+        records = clip is None or self._accumulates()
+        self._set_option_state()
+        if not self._initialized:
+            self._init_sums(gradients)
+        if self._accumulates():
+            leaves = kernels.Leaves(gradients, parameters, self._state[SUMS])
+            summed = self._add(leaves, clip)
+            if summed is None and not shards:
+                return leaves.replace(leaves.parameters)
+            leaves = kernels.Leaves(summed)
+            clip = self._clip_of_mean(leaves, clip, shards)
+        elif clip is None:
+            clip = self._measure(leaves, shards)
+        # Parts have chunks of their own.
+        clip = clip._replace(chunks=())
+        gradients = leaves.replace(leaves.gradients)  # scaled, if in float64
         chosen = self._chosen(leaves)
         parts = self._split(gradients, chosen)
         for optimizer in self.optimizers:
@@ -195,7 +223,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
             updated = self._part(optimizer, part, parameters, clip, shards)
             # In the gradients' order, whatever order a user's class returns.
             results.append(iter(kernels.Leaves(part, updated).parameters))
-        if is_outermost:
+        if records:
             self._record(clip)
         return leaves.replace([next(results[i]) for i in chosen])
 
@@ -215,7 +243,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
                 return optimizer._step(gradients, parameters, None, shards)
             return optimizer.apply_gradients(gradients, parameters)
 
-        if clip.norm is None:
+        if clip.scale is None and clip.skip is None:
             return apply(gradients)
         if (
             isinstance(optimizer, Optimizer)
@@ -224,7 +252,14 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         ):
             return optimizer._step(gradients, parameters, clip, shards)
         if clip.scale is not None:
-            gradients = tree_map(lambda g: (g * clip.scale).astype(g.dtype), gradients)
+            leaves = kernels.Leaves(gradients, parameters)
+            pairs = zip(leaves.gradients, leaves.parameters, strict=True)
+            gradients = leaves.replace(
+                [
+                    (g * clip.scale).astype(p.dtype if clip.keep_dtypes else g.dtype)
+                    for g, p in pairs
+                ]
+            )
         if clip.skip is None:
             return apply(gradients)
         if not optimizer._initialized:

@@ -33,6 +33,8 @@ class StepOptions(TypedDict, total=False):
     max_grad_norm: float | None
     clip_by_last_norm: bool
     skip_nonfinite: bool
+    accumulate: int | None
+    accumulate_dtype: mx.Dtype | None
 
 
 class FusedOptions(StepOptions, total=False):
@@ -128,6 +130,44 @@ def _check_one_norm(clip_by_last_norm: Any, skip_nonfinite: Any) -> None:
         raise ValueError(
             "clip_by_last_norm and skip_nonfinite exclude each other: whether a step "
             "is skipped depends on its own norm"
+        )
+
+
+def _check_accumulate(optimizer: Any, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(
+            f"accumulate is of type {type(value).__name__}; expected how many "
+            "gradients make a step, an int"
+        )
+    if value is not None and value < 1:
+        raise ValueError(f"accumulate should be >=1, {value} was provided instead")
+    if (value or 1) > 1:
+        return
+    count = getattr(optimizer, "_state", {}).get("micro_step", 0)
+    try:
+        waiting = int(count)
+    except ValueError:  # within a transformation
+        return
+    if waiting > 0:
+        raise ValueError(
+            f"accumulate is set to {value} while {waiting} gradients wait for their "
+            "step; complete it before, or drop them by "
+            'optimizer.state["micro_step"] = mx.array(0, mx.uint32)'
+        )
+
+
+def _check_accumulate_dtype(optimizer: Any, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, mx.Dtype):
+        raise TypeError(
+            f"accumulate_dtype is of type {type(value).__name__}; expected a dtype "
+            "such as mlx.core.float32"
+        )
+    if value not in FUSED_DTYPES:
+        raise ValueError(
+            f"accumulate_dtype should be float32, float16 or bfloat16, {value} was "
+            "provided instead"
         )
 
 
@@ -256,6 +296,22 @@ skip_nonfinite (bool, optional): A step whose gradients' global norm is not
     on the device. Default: ``False``""",
         _check_skip_nonfinite,
     ),
+    "accumulate": Option(
+        None,
+        """\
+accumulate (int, optional): Take a step at each call of this number alone, with the
+    mean of the gradients since the last one; the other calls add them to a
+    buffer ``gradient_sum`` in place. It costs 4 bytes a parameter, and 12 to
+    be moved a call, in float32. Default: ``None``, a step at each call""",
+        _check_accumulate,
+    ),
+    "accumulate_dtype": Option(
+        None,
+        """\
+accumulate_dtype (Dtype, optional): The dtype of that buffer: float32, float16 or
+    bfloat16. Parameters and state keep theirs. Default: that of the gradients""",
+        _check_accumulate_dtype,
+    ),
     "state_dtype": Option(
         None,
         """\
@@ -356,6 +412,10 @@ WITHOUT_EFFECT: list[tuple[Callable[[Any], Any], str]] = [
     (
         lambda o: o.clip_by_last_norm and o.max_grad_norm is None,
         "clip_by_last_norm has no effect without max_grad_norm",
+    ),
+    (
+        lambda o: o.accumulate_dtype is not None and not o._accumulates(),
+        "accumulate_dtype has no effect without accumulate",
     ),
     (
         lambda o: o.quantize_filter is not None and not isinstance(o.state_dtype, str),
