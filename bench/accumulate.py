@@ -165,9 +165,9 @@ def main() -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="micro-batches")
-    add("--width", type=int, default=384, help="of the decoder")
-    add("--layers", type=int, default=6, help="of the decoder")
+    add("--k", type=int, nargs="+", default=[1, 2, 4, 8], help="micro-batches")
+    add("--width", type=int, default=256, help="of the decoder")
+    add("--layers", type=int, default=4, help="of the decoder")
     add("--vocabulary", type=int, default=2048, help="of the decoder")
     add("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()

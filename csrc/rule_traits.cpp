@@ -87,6 +87,27 @@ RuleTraits traits_of_adafactor(int index, bool is_matrix, bool has_moment) {
 
 }  // namespace
 
+namespace {
+
+// The rules above, and behind them those of which each keeps an average.
+std::vector<RuleTraits> with_averages(std::vector<RuleTraits> rules) {
+  for (size_t i = 0, count = rules.size(); i < count; ++i) {
+    if (rules[i].is_factored() || !rules[i].slots[0].is_written ||
+        rules[i].slots[0].role != Role::parameter) {
+      continue;
+    }
+    auto rule = rules[i];
+    rule.averaged = std::exchange(rule.name, rule.name + "Averaged");
+    rule.hyperparameters.insert(rule.hyperparameters.begin(), "ema");
+    rule.states.push_back("weight_average");
+    rule.slots.insert(rule.slots.end() - 1, {Role::state, true, false, true});
+    rules.push_back(std::move(rule));
+  }
+  return rules;
+}
+
+}  // namespace
+
 mlx::core::Shape RuleTraits::shape(int slot,
                                    const mlx::core::Shape& parameter) const {
   auto shape = parameter;
@@ -104,9 +125,18 @@ const std::vector<RuleTraits>& all_rules() {
           rules.push_back(
               traits_of_adafactor(rule_count + i, i / 2 == 0, i % 2 == 1));
         }
-        return rules;
+        return with_averages(std::move(rules));
       }(std::make_integer_sequence<int, rule_count>());
   return rules;
+}
+
+const RuleTraits* with_average(const RuleTraits& rule) {
+  for (const auto& other : all_rules()) {
+    if (other.averaged == rule.name) {
+      return &other;
+    }
+  }
+  return nullptr;
 }
 
 const RuleTraits& rule_named(const std::string& name) {

@@ -19,6 +19,8 @@ struct Slot {
   Role role;
   bool is_written;
   bool is_never_negative = false;
+  // A state that is an average of the parameter; it has a dtype of its own.
+  bool is_average = false;
 };
 
 struct RuleTraits {
@@ -34,7 +36,13 @@ struct RuleTraits {
   // first: of a matrix' rows and columns, or one of a vector. Rules of one
   // element have none.
   int means = 0;
+  // Of a rule that is another with an average of the weights behind its states,
+  // the other's name. Its first hyper-parameter is the average's.
+  std::string averaged = {};
 
+  bool averages() const { return !averaged.empty(); }
+  // The name of the struct in metal/update_rules.h.
+  const std::string& type() const { return averages() ? averaged : name; }
   bool is_factored() const { return means > 0; }
   bool is_mean(int slot) const { return slot > 0 && slot <= means; }
   // Of a slot, by that of the parameter, which for Adafactor must be of as many
@@ -46,6 +54,9 @@ const std::vector<RuleTraits>& all_rules();
 
 // The rule of that name; throws std::invalid_argument with the known ones.
 const RuleTraits& rule_named(const std::string& name);
+
+// The rule that also keeps an average of the weights, if it can.
+const RuleTraits* with_average(const RuleTraits& rule);
 
 // The values of a rule's hyper-parameters, in the order of its declaration.
 // No kernel takes an array; plain operations do.

@@ -84,7 +84,8 @@ inline float half_of(float x) { return from_float16(to_float16(x)); }
 
 constexpr int rule_count = __COUNTER__ - before_rules - 1;
 
-// Slots of the rule that has the most: parameter, states and gradient.
+// Slots of the rule that has the most: parameter, states, an average of the
+// parameter, and gradient.
 constexpr int max_slots =
     []<int... index>(std::integer_sequence<int, index...>) {
       int most = 0;
@@ -92,7 +93,7 @@ constexpr int max_slots =
                    ? RegisteredRule<index>::template Type<float>::states
                    : most),
        ...);
-      return most + 2;
+      return most + 3;
     }(std::make_integer_sequence<int, rule_count>());
 
 }  // namespace

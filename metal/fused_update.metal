@@ -22,6 +22,24 @@ using namespace metal;
 #include "formats.h"
 #include "held.h"
 
+// A rule, and behind its states an average of the weights.
+template <typename Rule>
+struct Averaged {
+  static constexpr constant int numbers = Rule::numbers + 1;
+  static constexpr constant int states = Rule::states + 1;
+  static constexpr constant bool writes_gradient = Rule::writes_gradient;
+
+  Number<float> ema;
+  Rule rule;
+
+  void prepare(float rate, float step) thread { rule.prepare(rate, step); }
+
+  void update(thread float& g, thread float& p, thread float* s) const thread {
+    rule.update(g, p, s);
+    s[Rule::states] = moving_average(ema, s[Rule::states], p);
+  }
+};
+
 // A rule begins with its numbers, each of which is three floats.
 template <typename Rule>
 METAL_FUNC void set_numbers(thread Rule& rule, constant float* numbers) {

@@ -807,6 +807,22 @@ RULE(GradientSum) {
   }
 };
 
+// An average of the weights on its own, where the rule that changes them keeps
+// none: the new weight stands in the gradient's place.
+RULE(WeightAverage) {
+  static constexpr constant bool reads_learning_rate = false;
+  static constexpr constant bool reads_parameter = false;
+  static constexpr constant bool writes_parameter = false;
+  HYPERPARAMETERS(ema);
+  STATES(weight_average);
+
+  void prepare(T rate, T step) thread {}
+
+  void update(thread T & g, thread T & p, thread T * s) const thread {
+    s[0] = moving_average(ema, s[0], g);
+  }
+};
+
 // Multiplies the gradient by the gradient scale and no more: the second half
 // of clip_grad_norm.
 RULE(Scale) {

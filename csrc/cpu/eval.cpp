@@ -7,6 +7,8 @@
 #include <list>
 #include <memory>
 #include <numeric>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/factored.h"
@@ -369,12 +371,36 @@ struct UpdateTask {
                                                : 1;
   }
 
+  // A block of all slots; the loop has no average, which follows it.
   template <typename T>
-  void run(cpu::Update<T> loop, const Tensor& tensor,
-           const cpu::Block<T>& block, size_t n) const {
-    loop(layout->rule->index, numbers[tensor.entry.hyperparameters].data(),
-         learning_rate.of(tensor, 0), static_cast<float>(step.of(tensor, 0)),
-         coefficient.of(tensor, 0), gradient_scale.of(tensor, 1), block, n);
+  void run(cpu::Update<T> loop, const Tensor& tensor, cpu::Block<T> block,
+           size_t n) const {
+    const float* own = numbers[tensor.entry.hyperparameters].data();
+    const auto update = [&](const cpu::Block<T>& part, size_t size) {
+      loop(layout->rule->index, own, learning_rate.of(tensor, 0),
+           static_cast<float>(step.of(tensor, 0)), coefficient.of(tensor, 0),
+           gradient_scale.of(tensor, 1), part, size);
+    };
+    if (!layout->rule->averages()) {
+      update(block, n);
+      return;
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      const float* ema = own;
+      own += 3;
+      const size_t last = slots() - 1;
+      const float* before = std::exchange(block.in[last - 1], block.in[last]);
+      float* after = std::exchange(block.out[last - 1], nullptr);
+      block.in[last] = nullptr;
+      // While the parameter is in the first-level cache.
+      constexpr size_t size = 4 * cpu::block_size;
+      for (size_t i = 0; i < n; i += size) {
+        const size_t count = std::min(size, n - i);
+        const auto part = block.from(i);
+        update(part, count);
+        cpu::loops().average(ema, part.out[0], before + i, after + i, count);
+      }
+    }
   }
 
   // Where all arrays are contiguous and of one dtype.

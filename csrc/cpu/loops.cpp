@@ -351,6 +351,15 @@ void update_with(const float* numbers, float learning_rate, float step,
   }
 }
 
+void average(const float* numbers, const float* x, const float* in, float* out,
+             size_t n) {
+  const Number<float> ema{numbers[0], numbers[1], numbers[2]};
+  MLX_FUSED_VECTORIZE
+  for (size_t i = 0; i < n; ++i) {
+    out[i] = moving_average(ema, in[i], x[i]);
+  }
+}
+
 template <typename F, int... index>
 void update_by_index(int rule, const float* numbers, float learning_rate,
                      float step, float coefficient, float gradient_scale,
@@ -695,6 +704,7 @@ const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
                                update<Float32>,
                                update<Float16>,
                                update<BFloat16Alone>,
+                               average,
                                add_squares,
                                add_nonzero,
                                sum_squares,

@@ -23,6 +23,16 @@ template <typename T>
 struct Block {
   const T* in[max_slots] = {};
   T* out[max_slots] = {};
+
+  // What begins with that element.
+  Block from(size_t start) const {
+    Block block = *this;
+    for (int k = 0; k < max_slots; ++k) {
+      block.in[k] += block.in[k] ? start : 0;
+      block.out[k] += block.out[k] ? start : 0;
+    }
+    return block;
+  }
 };
 
 // Updates n elements by the rule of that index, with its numbers (see
@@ -64,6 +74,9 @@ struct Loops {
   Update<float> update;
   Update<uint16_t> update_float16;
   Update<uint16_t> update_bfloat16;
+  // The next value of an average, by the numbers of its hyper-parameter.
+  void (*average)(const float* numbers, const float* x, const float* in,
+                  float* out, size_t n);
   // Adds the squares of n values times scale to the lanes.
   void (*add_squares)(const float* x, size_t n, float scale, float* lanes);
   // Adds 1 for each of n values that is not zero.

@@ -53,7 +53,7 @@ mx::array entry_of(const mx::array& scalar, uint32_t entry, bool per_tensor) {
 // complex arithmetic are no second moments. Lion's sign and Adamax' magnitude
 // are those of complex numbers, as in mlx.optimizers.
 bool takes_pairs(const RuleTraits& rule, const std::vector<mx::Dtype>& dtypes) {
-  return rule.name != "Lion" && rule.name != "Adamax" &&
+  return rule.type() != "Lion" && rule.type() != "Adamax" &&
          std::find(dtypes.begin(), dtypes.end(), mx::complex64) != dtypes.end();
 }
 
@@ -137,8 +137,20 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       }
       const Apply apply =
           rule.is_factored() ? apply_factored : apply_table[rule.index];
-      apply((*update.sets)[entry.hyperparameters], rate, count, own, rule,
-            slots);
+      auto values = (*update.sets)[entry.hyperparameters];
+      if (rule.averages()) {
+        const auto ema = std::visit([](const auto& x) { return number_of(x); },
+                                    values.front());
+        values.erase(values.begin());
+        const auto place = slots.end() - 2;
+        const auto average = *place;
+        slots.erase(place);
+        apply(values, rate, count, own, rule, slots);
+        slots.insert(slots.end() - 1,
+                     moving_average(ema, average, slots.front()));
+      } else {
+        apply(values, rate, count, own, rule, slots);
+      }
       const auto put = [&](mx::array result) {
         const int part = layout.written[outputs.size() % layout.written.size()];
         const auto& before = inputs[layout.input(tensor, part)];

@@ -10,7 +10,7 @@ namespace mlx_fused {
 mx::Dtype promoted(const RuleTraits& rule, const std::vector<mx::Dtype>& slots,
                    int slot) {
   const auto role = rule.slots[slot].role;
-  if (!rule.slots[slot].is_written) {
+  if (!rule.slots[slot].is_written || rule.slots[slot].is_average) {
     return slots[slot];
   }
   // A state takes in the gradient; everything else, the states too. Adafactor's
@@ -20,8 +20,10 @@ mx::Dtype promoted(const RuleTraits& rule, const std::vector<mx::Dtype>& slots,
     return mx::promote_types(slots[slot], slots.back());
   }
   auto widest = slots[slot];
-  for (const auto dtype : slots) {
-    widest = mx::promote_types(widest, dtype);
+  for (size_t k = 0; k < slots.size(); ++k) {
+    if (!rule.slots[k].is_average) {
+      widest = mx::promote_types(widest, slots[k]);
+    }
   }
   return widest;
 }

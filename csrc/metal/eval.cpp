@@ -54,12 +54,11 @@ namespace {
 // A kernel of an update, found again without its name.
 Pipeline pipeline(mx::Stream stream, const UpdateKernel& kernel) {
   using Held = std::vector<std::pair<mx::Dtype::Val, Storage>>;
-  using Key = std::tuple<int, Held, bool, bool>;
+  using Key = std::tuple<const RuleTraits*, Held, bool, bool>;
   static std::mutex mutex;
   static std::map<Key, Pipeline> built;
   const auto& layout = kernel.layout;
-  Key key{
-      layout.rule->index, {}, kernel.separate_states, kernel.stages_gradient};
+  Key key{layout.rule, {}, kernel.separate_states, kernel.stages_gradient};
   for (const auto& format : layout.formats) {
     std::get<1>(key).emplace_back(format.dtype.val(), format.storage);
   }

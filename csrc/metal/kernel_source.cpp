@@ -277,9 +277,11 @@ std::string UpdateKernel::source() const {
          "    uint thread_index [[thread_position_in_threadgroup]]) {\n"
          "  const uint i = tensor_of_tile(tile, tensors);\n"
          "  Slots slots;\n" +
-         choice + "\n  " + rule.name + "<float> rule;\n" +
-         "  set_numbers(rule, numbers + tensors[i].numbers);\n" + prepare +
-         key +
+         choice + "\n  " +
+         (rule.averages() ? "Averaged<" + rule.averaged + "<float>>"
+                          : rule.name + "<float>") +
+         " rule;\n" + "  set_numbers(rule, numbers + tensors[i].numbers);\n" +
+         prepare + key +
          (coded > 0 ? "  threadgroup float scales[2 * Slots::coded * "
                       "Slots::pitch];\n  slots.scales = scales;\n"
                     : "") +

@@ -73,11 +73,14 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       [] {
         std::vector<std::string> names;
         for (const auto& rule : mlx_fused::all_rules()) {
-          names.push_back(rule.name);
+          if (!rule.averages()) {
+            names.push_back(rule.name);
+          }
         }
         return names;
       },
-      "All rules of metal/update_rules.h.");
+      "All rules of metal/update_rules.h. Those that write the parameter have "
+      "a second one, behind whose name stands \"Averaged\".");
   m.def(
       "hyperparameters",
       [](const std::string& rule) {
@@ -139,7 +142,12 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
         using mlx_fused::Role;
         const auto& rule = mlx_fused::rule_named(name);
         mlx_fused::Formats formats;
-        for (const auto& [role, is_written, is_never_negative] : rule.slots) {
+        for (const auto& [role, is_written, is_never_negative, is_average] :
+             rule.slots) {
+          if (is_average) {
+            formats.emplace_back();
+            continue;
+          }
           const auto& held = role == Role::parameter ? parameter_storage
                              : role == Role::state   ? state_storage
                                                      : "plain";
@@ -241,6 +249,8 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       .def_prop_ro("gradients", &Leaves::gradients)
       .def_prop_ro("parameters", &Leaves::parameters)
       .def_prop_ro("states", &Leaves::states)
+      .def_rw("ema", &Leaves::ema, nb::arg("ema").none(),
+              "The decay of an average of the weights, or None.")
       .def_rw("keep_dtypes", &Leaves::keep_dtypes,
               "Whether parameters and states keep their dtypes beside wider "
               "gradients.")
@@ -259,10 +269,19 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
              const std::optional<mlx::core::Dtype>& state_dtype,
              const std::optional<std::vector<size_t>>& indices,
              const mlx_fused::Arrays& after) {
-            const auto& rule = mlx_fused::rule_named(rule_name);
+            const auto* rule = &mlx_fused::rule_named(rule_name);
+            auto values = sets_of(*rule, hyperparameters);
+            const auto* averaged =
+                leaves.ema ? mlx_fused::with_average(*rule) : nullptr;
+            if (averaged) {
+              rule = averaged;
+              for (auto& set : values) {
+                set.insert(set.begin(), *leaves.ema);
+              }
+            }
             const bool done =
-                leaves.update({rule,
-                               sets_of(rule, hyperparameters),
+                leaves.update({*rule,
+                               std::move(values),
                                sets.value_or(std::vector<uint32_t>()),
                                {{learning_rate, step, gradient_scale, skip,
                                  coefficient, seed},

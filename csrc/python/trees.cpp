@@ -332,7 +332,7 @@ bool Leaves::update(Request request,
         }
         // There is no half a complex number.
         if (state_dtype && array.dtype() != *state_dtype &&
-            array.dtype() != mx::complex64) {
+            array.dtype() != mx::complex64 && !rule.slots[slot].is_average) {
           array = mx::astype(array, *state_dtype);
         }
         continue;

@@ -68,6 +68,9 @@ class Leaves {
   // The gradients' tree with these leaves in place of its own.
   nb::object replace(const nb::list& leaves) const;
 
+  // The decay of an average of the weights, that the rules which write the
+  // parameters keep in the state weight_average.
+  std::optional<double> ema;
   // Whether parameters and states keep their dtypes beside wider gradients.
   bool keep_dtypes = false;
 

@@ -33,6 +33,7 @@ def round_stochastically(
 ) -> mx.array: ...
 
 class Leaves:
+    ema: float | None
     keep_dtypes: bool
     def __init__(
         self,

@@ -19,8 +19,9 @@ BLOCKS = {"int8": 64, "int4": 32}  # elements that share a scale
 ERRORS = {"24bit": mx.int8, "32bit": mx.int16}
 HALF_DTYPES = (mx.float16, mx.bfloat16)
 SUM = "gradient_sum"  # of gradients that wait for their step
-# Entries of a parameter's state that no rule or user's class has to do with.
-HELD = (SUM,)
+AVERAGE = "weight_average"
+# Entries of a parameter's state that no user's class has to do with.
+HELD = (SUM, AVERAGE)
 
 
 def master_of(error: mx.array) -> str:

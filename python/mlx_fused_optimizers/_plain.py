@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ._formats import BLOCKS, ERRORS, has_shape, is_error, is_half, kind_of
+from ._formats import AVERAGE, BLOCKS, ERRORS, has_shape, is_error, is_half, kind_of
 from ._rules import header, number_of, rules
 
 FUSED_DTYPES = {mx.float32, mx.float16, mx.bfloat16}
@@ -172,6 +172,7 @@ class Leaves:
         self._parameters: list[Any] = []
         self._states: list[Any] = []
         self._changes: list[tuple[int, str, Any]] = []
+        self.ema: float | None = None
         self.keep_dtypes = False
         self._collect(gradients, parameters, state, f"the {what}", "")
 
@@ -243,6 +244,9 @@ class Leaves:
         after: Sequence[mx.array] = (),
     ) -> bool:
         """Updates leaves by a rule; False if something is no array."""
+        if self.ema is not None and f"{rule}Averaged" in _averaged_rules():
+            rule = f"{rule}Averaged"
+            hyperparameters = [{"ema": self.ema, **x} for x in hyperparameters]
         kind = _rule_named(rule)
         prepared = [_with_numbers(kind, values) for values in hyperparameters]
         chosen = [*range(len(self))] if indices is None else [*indices]
@@ -377,7 +381,9 @@ class Leaves:
             if isinstance(value, mx.array):
                 _check_state(rule, key, value, self._parameters[i], self._gradients[i])
                 # There is no half a complex number.
-                if state_dtype is not None and value.dtype != mx.complex64:
+                is_average = key == AVERAGE and rule.reads_parameter
+                keeps = value.dtype == mx.complex64 or is_average
+                if state_dtype is not None and not keeps:
                     value = value.astype(state_dtype)
             slots.append(value)
         return [*slots, self._gradients[i]]
@@ -566,6 +572,8 @@ def _with_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
 
 def _rule_named(name: str) -> Any:
     known = _all_rules()
+    if name in _averaged_rules():
+        return _averaged_rules()[name]
     if name not in known:
         raise ValueError(
             f'[fused_update] rule is "{name}"; expected one of {", ".join(known)}.'
@@ -578,6 +586,30 @@ def _all_rules() -> dict[str, Any]:
     """The header's rules of one element, and Adafactor's."""
     factored = [_adafactor(m, w) for m in (True, False) for w in (False, True)]
     return rules() | {rule.__name__: rule for rule in factored}
+
+
+@cache
+def _averaged_rules() -> dict[str, Any]:
+    """The rules that write the parameter, with an average of it behind their states."""
+    averaged = {}
+    for rule in rules().values():
+        if rule.reads_parameter and rule.writes_parameter:
+            averaged[f"{rule.__name__}Averaged"] = _averaged(rule)
+    return averaged
+
+
+def _averaged(rule: Any) -> Any:
+    class Averaged(rule):  # type: ignore[misc]
+        number_names = ("ema", *rule.number_names)
+        state_names = (*rule.state_names, AVERAGE)
+
+        def update(self, g: Any, p: Any, s: list[Any]) -> tuple[Any, Any, list[Any]]:
+            g, p, states = rule.update(self, g, p, s[:-1])
+            average = header()["moving_average"](self.ema, s[-1], p)
+            return g, p, [*states, average]
+
+    Averaged.__name__ = f"{rule.__name__}Averaged"
+    return Averaged
 
 
 def _adafactor(is_matrix: bool, has_moment: bool) -> Any:
@@ -763,7 +795,8 @@ def _updated(
 def _takes_pairs(rule: Any, given: list[mx.array]) -> bool:
     """Whether a complex number is two real ones, as in csrc/graph/composed.cpp."""
     is_complex = any(x.dtype == mx.complex64 for x in given)
-    return is_complex and rule.__name__ not in ("Lion", "Adamax")
+    name = rule.__name__.removesuffix("Averaged")
+    return is_complex and name not in ("Lion", "Adamax")
 
 
 def _to_pairs(x: mx.array) -> mx.array:
@@ -801,8 +834,14 @@ def _means(rule: Any) -> int:
 def _promoted(rule: Any, dtypes: list[mx.Dtype], slot: int) -> mx.Dtype:
     """The dtype of a slot after an update, as in csrc/graph/layout.cpp."""
     is_state = int(rule.reads_parameter) <= slot < len(dtypes) - 1
-    # A state takes in the gradient; everything else, the states too.
+    # A state takes in the gradient; everything else, the states too. An average of
+    # the weights has a dtype of its own.
     met = dtypes
+    if rule.reads_parameter and AVERAGE in rule.state_names:
+        place = 1 + rule.state_names.index(AVERAGE)
+        if slot == place:
+            return dtypes[slot]
+        met = [*dtypes[:place], *dtypes[place + 1 :]]
     if is_state and not rule.writes_gradient and not _means(rule):
         met = [dtypes[slot], dtypes[-1]]
     return met[0] if len({*met}) == 1 else mx.float32

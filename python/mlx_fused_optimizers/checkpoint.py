@@ -24,7 +24,7 @@ import mlx.nn as nn
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from ._formats import HALF_DTYPES, HELD, has_shape, plain_name
+from ._formats import AVERAGE, HALF_DTYPES, HELD, has_shape, plain_name
 from ._kernels import kernels
 from .optimizers.base import INIT, OPTION_ENTRIES, Optimizer, parts_of, rebuilt
 from .optimizers.multi import SUMS
@@ -255,6 +255,8 @@ def _state_arrays(optimizer: Any) -> Arrays:
             f"optimizer is of type {type(optimizer).__name__}; expected an "
             "mlx.optimizers.Optimizer"
         )
+    if isinstance(optimizer, Optimizer):
+        optimizer._refuse_averaged("a checkpoint")
     return _arrays(optimizer.state, mx.array)
 
 
@@ -451,7 +453,7 @@ class _Match:
             for dot in re.finditer(r"\.", name):
                 below[name[: dot.start()]].append(name)
 
-        options = ("state_dtype", "master_weights", "accumulate")
+        options = ("state_dtype", "master_weights", "accumulate", "ema")
         converts = self.converts or any(getattr(optimizer, x, None) for x in options)
 
         def found_in(like: Any, found: Arrays) -> Any:
@@ -487,6 +489,8 @@ class _Match:
                 there = {*map(plain_name, found)}
                 added = {*optimizer._added_states()} - there
                 found |= {k: x for k, x in expected.items() if plain_name(k) in added}
+                if AVERAGE not in found:  # it starts at the file's weights
+                    expected.pop(AVERAGE, None)
                 if converts:
                     found = self.held_as(optimizer, path, parameter, expected, found)
             # Something else is right only if the optimizer has the same now, as when
@@ -525,6 +529,8 @@ class _Match:
             return found
         held = dict(found)
         optimizer._hold(path, parameter, held)
+        if AVERAGE not in found:
+            held.pop(AVERAGE, None)
         if found.keys() - held or held.keys() - found - {*HELD}:
             self.converted[f"{', '.join(found)} to {', '.join(held)}"] += 1
         return held

@@ -83,6 +83,11 @@ def _check_device(device: str) -> Iterator[Result]:
             parameter, gradient, state = (arrays[dtype] for dtype in mixture)
             failure = kernels.check_update(rule, parameter, gradient, state)
             yield Result(device, rule, *mixture, failure)
+        if averaged := _with_average(rule):
+            for mixture in MIXTURES:
+                parameter, gradient, state = (arrays[dtype] for dtype in mixture)
+                failure = kernels.check_update(averaged, parameter, gradient, state)
+                yield Result(device, averaged, *mixture, failure)
         for dtype, weight, codes in held_kernels(rule):
             like = arrays[dtype]
             failure = kernels.check_update(
@@ -94,6 +99,16 @@ def _check_device(device: str) -> Iterator[Result]:
         for name, counts in (("sums", False), ("counts", True)):
             failure = kernels.check_sums(array, counts)
             yield Result(device, name, "", dtype, "", failure)
+
+
+def _with_average(rule: str) -> str | None:
+    """The rule that keeps an average of the weights too, if there is one."""
+    name = f"{rule}Averaged"
+    try:
+        kernels.states(name)
+    except ValueError:
+        return None
+    return name
 
 
 def machine() -> dict[str, str]:

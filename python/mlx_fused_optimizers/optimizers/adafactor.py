@@ -106,6 +106,9 @@ class Adafactor(FusedOptimizer, stock.Adafactor):
         )
         self._set_options(**options)
 
+    def _averages_in_pass(self) -> bool:
+        return False
+
     def _rule(self) -> str:
         return "Adafactor" if self.beta_1 is None else "AdafactorWithMoment"
 

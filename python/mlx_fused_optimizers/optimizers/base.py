@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as stock
 from mlx.utils import tree_flatten
 
-from .._formats import HELD, SUM, has_shape
+from .._formats import AVERAGE, HALF_DTYPES, HELD, SUM, has_shape, is_error
 from .._kernels import kernels
 from ..shards import (
     Sharded,
@@ -23,7 +25,7 @@ from ..shards import (
     shards_of_arguments,
     shards_of_model,
 )
-from .held import hold_sum
+from .held import hold_average, hold_sum
 from .options import FUSED_DTYPES, OPTIONS, StepOptions, documented, warn_caller
 
 if TYPE_CHECKING:
@@ -135,6 +137,58 @@ def _measure_double(
     return norm, mx.minimum(limit / (norm + 1e-6), 1.0)
 
 
+def _is_zero(step: Any) -> bool:
+    try:
+        return step is not None and int(step) == 0
+    except ValueError:  # within a transformation
+        return False
+
+
+def _drop(node: Any, key: str) -> None:
+    """Take the arrays of that name out of a state's dicts."""
+    if isinstance(node, dict):
+        if not isinstance(node.get(key), (dict, list, tuple)):
+            node.pop(key, None)
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return
+    for child in node:
+        _drop(child, key)
+
+
+def _averages(parameters: Any, states: Sequence[Any]) -> Any:
+    """The averages of parameters that have one, in a tree of theirs; None without.
+
+    As copies of the array objects: the model may change its own.
+    """
+    if isinstance(parameters, dict):
+        pairs = {k: [_child(s, k) for s in states] for k in parameters}
+        found = {k: _averages(parameters[k], inner) for k, inner in pairs.items()}
+        return {k: x for k, x in found.items() if x is not None} or None
+    if isinstance(parameters, (list, tuple)):
+        values = [
+            _averages(x, [_child(s, i) for s in states])
+            for i, x in enumerate(parameters)
+        ]
+        if all(value is None for value in values):
+            return None
+        return rebuilt(parameters, [{} if x is None else x for x in values])
+    for state in states:
+        if isinstance(state, dict) and AVERAGE in state:
+            average = as_array(state[AVERAGE])
+            if average.dtype == parameters.dtype:
+                return copy(average)
+            return average.astype(parameters.dtype)
+    return None
+
+
+def _child(state: Any, key: Any) -> Any:
+    try:
+        return state[key]
+    except (LookupError, TypeError):
+        return None
+
+
 class Optimizer(stock.Optimizer):
     """The base class for optimizers, as ``mlx.optimizers.Optimizer``.
 
@@ -165,6 +219,8 @@ class Optimizer(stock.Optimizer):
     skip_nonfinite: bool = False
     accumulate: int | None = None
     accumulate_dtype: mx.Dtype | None = None
+    ema: float | None = None
+    _is_averaged = False  # whether a model has the averages' weights now
 
     def __init__(
         self,
@@ -196,6 +252,7 @@ class Optimizer(stock.Optimizer):
         skip_nonfinite: bool = False,
         accumulate: int | None = None,
         accumulate_dtype: mx.Dtype | None = None,
+        ema: float | None = None,
         **unknown: Any,
     ) -> None:
         for name in unknown:
@@ -207,6 +264,7 @@ class Optimizer(stock.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.accumulate = accumulate
         self.accumulate_dtype = accumulate_dtype
+        self.ema = ema
         self._set_option_state()
 
     def _set_option_state(self) -> None:
@@ -354,6 +412,8 @@ class Optimizer(stock.Optimizer):
         kernels.Leaves(parameters, what="value")  # names what is no array
         self._set_option_state()
         state = self.state
+        if self.ema is not None and _is_zero(state.get("step")):
+            _drop(state, AVERAGE)  # weights may have been loaded since
         for name in parameters:
             if name in state and not isinstance(state[name], (dict, list, tuple)):
                 raise self._is_taken(name)
@@ -408,11 +468,15 @@ class Optimizer(stock.Optimizer):
         """Bring a parameter's state into the form that the options ask for."""
         if self._accumulates():
             hold_sum(state, parameter, self.accumulate_dtype)
-        elif SUM in state:
+        if self.ema is not None:
+            hold_average(state, parameter)
+        is_on = {SUM: self._accumulates(), AVERAGE: self.ema is not None}
+        if off := [key for key in HELD if key in state and not is_on[key]]:
             own: dict[str, Any] = {}
             self.init_single(parameter, own)
-            if SUM not in own:
-                del state[SUM]
+            for key in off:
+                if key not in own:  # as a user's class may have it
+                    del state[key]
 
     def _added_states(self) -> tuple[str, ...]:
         """The states that an argument adds, and a checkpoint may be without."""
@@ -496,6 +560,74 @@ class Optimizer(stock.Optimizer):
             raise
 
     @contextmanager
+    def averaged(self, model: Any) -> Iterator[Any]:
+        """Give a model the averages of its weights for as long as the context lasts.
+
+        The average of a weight :math:`w` with ``ema=`` :math:`\\beta` is
+
+        .. math:: a_{t+1} = \\beta a_t + (1 - \\beta) w_{t+1}
+
+        and begins as the weights of :meth:`init` or of the first step. Parameters
+        without one, such as those that were frozen, keep their weights. Afterwards, and
+        after an exception too, the model has the very arrays that it had before.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = optim.SGD(0.1, ema=0.9)
+            >>> optimizer.update(model, model.trainable_parameters())
+            >>> weight = model.weight
+            >>> with optimizer.averaged(model):
+            ...     print(mx.array_equal(model.weight, weight).item())
+            False
+            >>> model.weight is weight
+            True
+
+        Args:
+            model (mlx.nn.Module): The model that the optimizer updates.
+
+        Yields:
+            mlx.nn.Module: The model.
+
+        Raises:
+            RuntimeError: If it has been entered already. Inside, a step of the
+                optimizer, :func:`save` and :func:`load` raise it.
+            TypeError: If ``model`` is no module.
+            ValueError: If the option ``ema`` is off, or there is no average yet.
+        """
+        name = type(self).__name__
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is of type {type(model).__name__}; expected an mlx.nn.Module"
+            )
+        parts = [part for part in parts_of(self) if isinstance(part, Optimizer)]
+        if all(part.ema is None for part in parts):
+            raise ValueError(f"[{name}] averaged() needs averages: pass ema=0.999")
+        self._refuse_averaged("averaged()")
+        before = model.parameters()
+        states = [part.state for part in parts if part.ema is not None]
+        found = _averages(before, states)
+        if not found:
+            raise ValueError(
+                f"[{name}] there are no averages of this model's weights; call {INIT}"
+            )
+        try:
+            for part in parts:
+                part._is_averaged = True
+            model.update(found)
+            yield model
+        finally:
+            for part in parts:
+                part._is_averaged = False
+            model.update(before)
+
+    def _refuse_averaged(self, what: str) -> None:
+        if self._is_averaged:
+            raise RuntimeError(
+                f"[{type(self).__name__}] {what} within averaged(): the model has the "
+                "averages in place of its weights; leave the context before"
+            )
+
+    @contextmanager
     def _restored_on_error(self, model: Any, gradients: Any) -> Iterator[None]:
         undo = self._remember()
         before = kernels.Snapshot(model, gradients)
@@ -546,6 +678,7 @@ class Optimizer(stock.Optimizer):
         shards: Shards = NO_SHARDS,
     ) -> Any:
         """One step; clip is given where it was measured over more than these."""
+        self._refuse_averaged("a step")
         if not self._initialized:
             self.init(self._initial(kernels.Leaves(gradients, parameters)))
         self._set_option_state()
@@ -574,11 +707,32 @@ class Optimizer(stock.Optimizer):
         if clip.skip is not None:
             step = mx.where(clip.skip, self.step, step)
         self.state["step"] = step
-        return self._apply_leaves(leaves, clip)
+        leaves.ema = self.ema
+        updated = self._apply_leaves(leaves, clip)
+        if self.ema is not None and not self._averages_in_pass():
+            self._average(updated, self.ema, clip)
+        return updated
+
+    def _averages_in_pass(self) -> bool:
+        """Whether the kernels that write the parameters write their averages too."""
+        return False
+
+    def _average(self, parameters: Any, ema: float, clip: Clip) -> None:
+        """Take the new parameters into their averages."""
+        leaves = kernels.Leaves(parameters, None, self.state)
+        for i, (parameter, state) in enumerate(
+            zip(leaves.gradients, leaves.states, strict=True)
+        ):
+            state[AVERAGE] = as_array(state.get(AVERAGE))
+            if is_error(state.get("error")) and parameter.dtype in HALF_DTYPES:
+                leaves.set_gradient(i, kernels.join(parameter, state["error"]))
+        leaves.update("WeightAverage", [{"ema": ema}], skip=clip.skip)
+        leaves.commit()
 
     def _initial(self, leaves: Leaves) -> Any:
         """The tree for which a first step initializes the state."""
-        return leaves.tree
+        averages = self.ema is not None
+        return leaves.replace(leaves.parameters) if averages else leaves.tree
 
     def _step_count(self, step: Any) -> Any:
         """The count, in a dtype that can go on counting: float16 ends at 2048."""

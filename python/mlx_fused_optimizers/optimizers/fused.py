@@ -180,7 +180,13 @@ class FusedOptimizer(Optimizer):
     def _initial(self, leaves: Leaves) -> Any:
         # What is in codes or has an error is of the parameters' dtypes.
         holds = isinstance(self.state_dtype, str) or self.master_weights is not None
-        return leaves.replace(leaves.parameters) if holds else leaves.tree
+        if holds:
+            return leaves.replace(leaves.parameters)
+        return super()._initial(leaves)
+
+    def _averages_in_pass(self) -> bool:
+        apply_single = getattr(self.apply_single, "__func__", None)
+        return apply_single is FusedOptimizer.apply_single
 
     def _plain_dtype(self) -> mx.Dtype | None:
         """The dtype of states that are in no codes; None for the parameters'."""

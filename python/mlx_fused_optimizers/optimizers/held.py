@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import mlx.core as mx
 
 from .._formats import (
+    AVERAGE,
     ERRORS,
     HALF_DTYPES,
     SUM,
@@ -56,6 +57,21 @@ def hold_sum(state: State, parameter: mx.array, dtype: mx.Dtype | None) -> None:
     if dtype is not None and total.dtype in FUSED_DTYPES:
         total = total.astype(dtype)
     state[SUM] = total
+
+
+def hold_average(state: State, parameter: mx.array) -> None:
+    """Give the state an average of the weights, which starts as they are.
+
+    At least float32: at 0.999 an average of bfloat16 would never move.
+    """
+    average = state.get(AVERAGE)
+    if average is not None and tuple(average.shape) == tuple(parameter.shape):
+        return
+    if is_error(state.get("error")) and parameter.dtype in HALF_DTYPES:
+        parameter = kernels.join(parameter, state["error"])
+    is_wide = parameter.dtype in (mx.float32, mx.float64, mx.complex64)
+    # Times one, for memory of its own.
+    state[AVERAGE] = parameter * 1 if is_wide else parameter.astype(mx.float32)
 
 
 def hold_error(state: State, parameter: mx.array, master: str | None) -> None:

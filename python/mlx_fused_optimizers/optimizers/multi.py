@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.optimizers as stock
 from mlx.utils import tree_map
 
+from .._formats import SUM
 from .._kernels import kernels
 from ..shards import Shards
 from .base import (
@@ -21,6 +22,8 @@ from .base import (
     rebuilt,
 )
 from .fused import FusedOptimizer
+from .held import hold_sum
+from .options import OPTIONS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,6 +87,28 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
                 f"{type(foreign[0]).__module__}.{type(foreign[0]).__name__} was "
                 "provided"
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "ema" and (value is not None or self.ema is not None):
+            OPTIONS[name].check(self, value)
+            self._give_ema(value)
+        super().__setattr__(name, value)
+
+    def _give_ema(self, value: float | None) -> None:
+        """The averages are the parts': the kernels of their steps write them."""
+        for part in self.optimizers:
+            if not isinstance(part, Optimizer):
+                raise ValueError(
+                    "ema needs optimizers of mlx_fused_optimizers, "
+                    f"{type(part).__module__}.{type(part).__name__} was provided"
+                )
+            if self.ema is None and part.ema is not None:
+                raise ValueError(
+                    f"ema is set to {value} and that of a part to {part.ema}; set one "
+                    "of them"
+                )
+        for part in self.optimizers:
+            part.ema = value
 
     # One dict for as long as the optimizer lives: mx.compile captures it.
     @property
@@ -153,6 +178,19 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
     def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
         """The parts have the parameters' states."""
 
+    def _hold(
+        self,
+        path: str,
+        parameter: mx.array,
+        state: dict[str, Any],
+        is_new: bool = False,
+    ) -> None:
+        # Averages are the parts'.
+        if self._accumulates():
+            hold_sum(state, parameter, self.accumulate_dtype)
+        else:
+            state.pop(SUM, None)
+
     def _chosen(self, leaves: Leaves) -> list[int]:
         """Which optimizer each leaf goes to."""
         if len(self.optimizers) == 1:
@@ -185,6 +223,10 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
 
         return [part or {} for part in split(tree)]
 
+    def _initial(self, leaves: Leaves) -> Any:
+        averages = any(getattr(part, "ema", None) for part in parts_of(self))
+        return leaves.replace(leaves.parameters) if averages else leaves.tree
+
     def _split_dictionary(self, gradients: Any) -> list[Any]:
         return self._split(gradients, self._chosen(kernels.Leaves(gradients)))
 
@@ -195,6 +237,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         clip: Clip | None,
         shards: Shards = NO_SHARDS,
     ) -> Any:
+        self._refuse_averaged("a step")
         leaves = kernels.Leaves(gradients)
         records = clip is None or self._accumulates()
         self._set_option_state()
@@ -217,7 +260,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         for optimizer in self.optimizers:
             if self.optimizers.count(optimizer) > 1 and not optimizer._initialized:
                 # Its first step would know the first of its parts alone.
-                self.init(optimizer._initial(kernels.Leaves(gradients, parameters)))
+                self.init(self._initial(kernels.Leaves(gradients, parameters)))
         results = []
         for optimizer, part in zip(self.optimizers, parts, strict=True):
             updated = self._part(optimizer, part, parameters, clip, shards)

@@ -35,6 +35,7 @@ class StepOptions(TypedDict, total=False):
     skip_nonfinite: bool
     accumulate: int | None
     accumulate_dtype: mx.Dtype | None
+    ema: float | None
 
 
 class FusedOptions(StepOptions, total=False):
@@ -169,6 +170,18 @@ def _check_accumulate_dtype(optimizer: Any, value: Any) -> None:
             f"accumulate_dtype should be float32, float16 or bfloat16, {value} was "
             "provided instead"
         )
+
+
+def _check_ema(optimizer: Any, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(
+            f"ema is of type {type(value).__name__}; expected a number in [0, 1), such "
+            "as 0.999"
+        )
+    if not 0 <= value < 1:
+        raise ValueError(f"ema should be in [0, 1), {value} was provided instead")
 
 
 def _check_state_dtype(optimizer: Any, value: Any) -> None:
@@ -311,6 +324,15 @@ accumulate (int, optional): Take a step at each call of this number alone, with 
 accumulate_dtype (Dtype, optional): The dtype of that buffer: float32, float16 or
     bfloat16. Parameters and state keep theirs. Default: that of the gradients""",
         _check_accumulate_dtype,
+    ),
+    "ema": Option(
+        None,
+        """\
+ema (float, optional): Keep an average of the weights, of which a step retains this
+    much, as 0.999; see :meth:`averaged`. It is a state ``weight_average`` in
+    float32 and costs 4 bytes a parameter, and 8 to be moved a step.
+    Default: ``None``""",
+        _check_ema,
     ),
     "state_dtype": Option(
         None,
