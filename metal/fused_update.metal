@@ -33,6 +33,9 @@ struct Averaged {
   Rule rule;
 
   void prepare(float rate, float step) thread { rule.prepare(rate, step); }
+  void prepare(float rate, float step, float coefficient) thread {
+    rule.prepare(rate, step, coefficient);
+  }
 
   void update(thread float& g, thread float& p, thread float* s) const thread {
     rule.update(g, p, s);

@@ -20,6 +20,7 @@ from mlx_fused_optimizers import _ext
 from support import (
     FLOATS,
     LAYOUTS,
+    PARTLY_FUSED,
     assert_trees_match,
     copy_tree,
     every_optimizer,
@@ -34,6 +35,8 @@ SHAPES: Any = {
     "layer": {"weight": (24, 20), "bias": (24,)},
     "rest": [(70, 66), (), (0, 3), (5,)],
 }
+# Of which the simulator compiles kernels: of few states and many, of two launches.
+SIMULATED = ("SGD", "AdamW", "Muon", "Adafactor", "LAMB")
 OPTION_KEYS = ("gradient_sum", "micro_step")
 
 
@@ -133,6 +136,8 @@ def check_equal(ours: Run, plain: Run, k: int = 2, steps: int = 3, **how: Any) -
 def test_a_step_is_that_of_the_mean(
     backend: str, name: str, options: dict[str, Any]
 ) -> None:
+    if backend == "metal-simulator" and (options or name not in SIMULATED):
+        pytest.skip("the simulator compiles a kernel for each")
     check_equal(*both(name, **options))
 
 
@@ -144,7 +149,7 @@ def test_compiled(name: str, options: dict[str, Any]) -> None:
         for i in range(4):
             ours.call(arrays(4 * step + i))
             compiled.call(arrays(4 * step + i))
-            if name not in ("Adafactor", "Muon"):
+            if (name, options) not in PARTLY_FUSED:
                 assert compiled.all_bits() == ours.all_bits()
     assert_trees_match(compiled.parameters, ours.parameters, 2e-5, 1e-6)
     assert compiled.optimizer.step.item() == 2

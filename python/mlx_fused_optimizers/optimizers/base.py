@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from itertools import chain
 from types import MappingProxyType
@@ -220,7 +220,8 @@ class Optimizer(stock.Optimizer):
     accumulate: int | None = None
     accumulate_dtype: mx.Dtype | None = None
     ema: float | None = None
-    _is_averaged = False  # whether a model has the averages' weights now
+    takes_ema: bool = True  # else the class keeps an average of its own
+    _lends_averages = False  # whether a model has the averages' weights now
 
     def __init__(
         self,
@@ -600,28 +601,29 @@ class Optimizer(stock.Optimizer):
                 f"model is of type {type(model).__name__}; expected an mlx.nn.Module"
             )
         parts = [part for part in parts_of(self) if isinstance(part, Optimizer)]
-        if all(part.ema is None for part in parts):
+        others = [part for part in parts if not part.takes_ema]  # averages of their own
+        if all(part.ema is None for part in parts) and not others:
             raise ValueError(f"[{name}] averaged() needs averages: pass ema=0.999")
         self._refuse_averaged("averaged()")
         before = model.parameters()
         states = [part.state for part in parts if part.ema is not None]
         found = _averages(before, states)
-        if not found:
+        if not found and not others:
             raise ValueError(
                 f"[{name}] there are no averages of this model's weights; call {INIT}"
             )
-        try:
+        with ExitStack() as stack:
+            stack.callback(model.update, before)
             for part in parts:
-                part._is_averaged = True
-            model.update(found)
+                part._lends_averages = True
+                stack.callback(setattr, part, "_lends_averages", False)
+            for part in others:
+                stack.enter_context(part.averaged(model))
+            model.update(found or {})
             yield model
-        finally:
-            for part in parts:
-                part._is_averaged = False
-            model.update(before)
 
     def _refuse_averaged(self, what: str) -> None:
-        if self._is_averaged:
+        if self._lends_averages:
             raise RuntimeError(
                 f"[{type(self).__name__}] {what} within averaged(): the model has the "
                 "averages in place of its weights; leave the context before"

@@ -223,10 +223,6 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
 
         return [part or {} for part in split(tree)]
 
-    def _initial(self, leaves: Leaves) -> Any:
-        averages = any(getattr(part, "ema", None) for part in parts_of(self))
-        return leaves.replace(leaves.parameters) if averages else leaves.tree
-
     def _split_dictionary(self, gradients: Any) -> list[Any]:
         return self._split(gradients, self._chosen(kernels.Leaves(gradients)))
 
@@ -260,7 +256,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         for optimizer in self.optimizers:
             if self.optimizers.count(optimizer) > 1 and not optimizer._initialized:
                 # Its first step would know the first of its parts alone.
-                self.init(self._initial(kernels.Leaves(gradients, parameters)))
+                self.init(_initial(optimizer, gradients, parameters))
         results = []
         for optimizer, part in zip(self.optimizers, parts, strict=True):
             updated = self._part(optimizer, part, parameters, clip, shards)
@@ -306,16 +302,20 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
         if clip.skip is None:
             return apply(gradients)
         if not optimizer._initialized:
-            tree = gradients
-            if isinstance(optimizer, Optimizer):
-                tree = optimizer._initial(kernels.Leaves(gradients, parameters))
-            optimizer.init(tree)
+            optimizer.init(_initial(optimizer, gradients, parameters))
         before = tree_map(lambda x: x, optimizer.state)  # in containers of its own
         updated = apply(gradients)
         _keep_where(clip.skip, before, optimizer.state)
         leaves = kernels.Leaves(updated, parameters)
         pairs = zip(leaves.parameters, leaves.gradients, strict=True)
         return leaves.replace([mx.where(clip.skip, *pair) for pair in pairs])
+
+
+def _initial(optimizer: stock.Optimizer, gradients: Any, parameters: Any) -> Any:
+    """The tree for which the first step of an optimizer initializes its state."""
+    if not isinstance(optimizer, Optimizer):
+        return gradients
+    return optimizer._initial(kernels.Leaves(gradients, parameters))
 
 
 def _check_list(name: str, values: Any, is_one: Callable[[Any], bool]) -> None:

@@ -180,6 +180,11 @@ def _check_ema(optimizer: Any, value: Any) -> None:
             f"ema is of type {type(value).__name__}; expected a number in [0, 1), such "
             "as 0.999"
         )
+    if not optimizer.takes_ema:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps an average of its own, which its "
+            f"averaged() gives; found ema={value}"
+        )
     if not 0 <= value < 1:
         raise ValueError(f"ema should be in [0, 1), {value} was provided instead")
 

@@ -30,6 +30,7 @@ AVERAGED = "averaged"
 class _ScheduleFree(FusedOptimizer):
     """The sequences, the weights of their average, and the switch between them."""
 
+    takes_ema = False
     warmup_steps: int
     r: float
     weight_lr_power: float
