@@ -28,8 +28,8 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
     ("AdaBelief", "AdaBelief", {}, 28),
     ("AdamW, amsgrad", "AdamW", {"bias_correction": True, "amsgrad": True}, 36),
     ("AdEMAMix", "AdEMAMix", {}, 36),
-    ("Lion, cautious", "Lion", {"cautious": True}, 32),
-    ("AdamW, cautious", "AdamW", {"bias_correction": True, "cautious": True}, 40),
+    ("Lion, cautious", "Lion", {"cautious": True}, 36),
+    ("AdamW, cautious", "AdamW", {"bias_correction": True, "cautious": True}, 44),
     ("Adan", "Adan", {}, 44),
     ("LAMB", "LAMB", {}, 48),
 ]

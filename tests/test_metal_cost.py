@@ -51,7 +51,7 @@ def test_bytes_and_launches_are_the_least(backend: str, case: Case) -> None:
 
 @pytest.mark.parametrize("backend", [SIMULATOR], indirect=True)
 @pytest.mark.parametrize(
-    ("label", "least"), [("LAMB", 48), ("AdamW cautious", 40), ("Lion cautious", 32)]
+    ("label", "least"), [("LAMB", 48), ("AdamW cautious", 44), ("Lion cautious", 36)]
 )
 def test_whole_updates_are_written_once_and_read_twice(
     backend: str, label: str, least: int

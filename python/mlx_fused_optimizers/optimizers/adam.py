@@ -48,7 +48,7 @@ class Adam(FusedOptimizer, stock.Adam):
             not the gradient's, and multiply the others by the number of all over
             theirs, at most 1000. Liang et al., "Cautious optimizers",
             arXiv:2411.16085. The update takes the gradient's place until its elements
-            are counted: 40 bytes moved a float32 parameter instead of 28.
+            are counted: 44 bytes moved a float32 parameter instead of 28.
             Default: ``False``
         {options}
 
@@ -142,7 +142,7 @@ class AdamW(Adam, stock.AdamW):
             not the gradient's, and multiply the others by the number of all over
             theirs, at most 1000. Liang et al., "Cautious optimizers",
             arXiv:2411.16085. The update takes the gradient's place until its elements
-            are counted: 40 bytes moved a float32 parameter instead of 28.
+            are counted: 44 bytes moved a float32 parameter instead of 28.
             Default: ``False``
         {options}
 

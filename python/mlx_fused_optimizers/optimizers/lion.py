@@ -42,7 +42,7 @@ class Lion(FusedOptimizer, stock.Lion):
             not the gradient's, and multiply the others by the number of all over
             theirs, at most 1000. Liang et al., "Cautious optimizers",
             arXiv:2411.16085. The update takes the gradient's place until its elements
-            are counted: 32 bytes moved a float32 parameter instead of 20.
+            are counted: 36 bytes moved a float32 parameter instead of 20.
             Default: ``False``
         {options}
 
