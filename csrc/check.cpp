@@ -169,7 +169,7 @@ GroupUpdate check_group(const RuleTraits& rule, const Formats& formats) {
   update.sets =
       std::make_shared<const Sets>(Sets{check_hyperparameters(rule), plain});
   for (uint32_t tensor = 0; tensor < static_cast<uint32_t>(tensors); ++tensor) {
-    update.entries.push_back({tensor % 2, tensor, tensor});
+    update.entries.push_back({tensor % 2, tensor, {tensor}});
   }
   return update;
 }

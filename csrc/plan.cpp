@@ -323,7 +323,7 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
       const auto place = static_cast<uint32_t>(i);
       update.entries.push_back(
           {request.set_of[i], place,
-           request.numbers.empty() ? place : request.numbers[i]});
+           request.numbers.empty() ? Numbers{place} : request.numbers[i]});
       for (const auto& part : layout.parts) {
         inputs.push_back(array_of(i, part));
         auto& input = inputs.back();

@@ -37,8 +37,8 @@ struct Request {
   Scalars scalars = {};
   bool keep_dtypes = false;  // a wider gradient widens nothing
   Arrays after = {};         // computed before the update
-  // Of the tensors' numbers in the step, if they are not all of it.
-  std::vector<uint32_t> numbers = {};
+  // Per tensor, if they are not all whole tensors of the step.
+  std::vector<Numbers> numbers = {};
 };
 
 // One optimizer step: replaces the arrays that the rule writes. Kernels do it

@@ -121,12 +121,16 @@ struct Master {
   }
 };
 
-// A vector's elements rounded at random.
+// A vector's elements rounded at random; the first is where the piece begins in
+// its tensor.
 template <typename T>
-METAL_FUNC void
-round_vector(uint key, const thread Elements& at, thread float* values) {
+METAL_FUNC void round_vector(
+    uint key,
+    int64_t first,
+    const thread Elements& at,
+    thread float* values) {
   FOR_EACH_OF_VECTOR {
-    const int64_t element = at.start + i * at.stride;
+    const int64_t element = first + at.start + i * at.stride;
     const uint random =
         random_bits<uint>(key, uint(element >> 32), uint(element));
     values[i] = is_same<T, half>::value

@@ -13,6 +13,7 @@ static constexpr constant int tile_size =
 // of all tiles.
 struct LaunchTensor {
   int64_t size;         // elements
+  int64_t first;        // of a piece of a tensor its first, for random bits
   uint32_t first_tile;  // the number, in the launch, of its first tile
   uint32_t vectorized;  // 1 if all its arrays are aligned to four elements
   uint32_t dimensions;  // of its gradient's walk; 0 if row-contiguous

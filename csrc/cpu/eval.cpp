@@ -173,7 +173,7 @@ void store(const View& view, size_t start, size_t n, const float* values) {
 // Of n elements times scale or, where it is 0, how many are not zero.
 double sum_of_squares(const View& view, size_t start, size_t n, float scale) {
   alignas(64) float buffer[cpu::block_size];
-  float lanes[cpu::sum_lanes] = {};
+  double lanes[cpu::sum_lanes] = {};
   const size_t block = is_direct(view) ? n : cpu::block_size;
   for (size_t end = start + n; start < end; start += block) {
     const size_t size = std::min(block, end - start);
@@ -468,9 +468,10 @@ struct UpdateTask {
       if (format.storage == Storage::stochastic) {
         const auto key = random_key<uint32_t>(
             seed.of(tensor, 0), static_cast<uint32_t>(step.of(tensor, 0)),
-            tensor.entry.tensor);
+            tensor.entry.numbers.tensor);
         cpu::loops().round_stochastically(format.dtype == mx::float16, key,
-                                          start, block.out[k], n);
+                                          tensor.entry.numbers.first + start,
+                                          block.out[k], n);
       }
       store(*target, start, n, block.out[k]);
     }

@@ -573,7 +573,6 @@ void store_split(CodesOrError kind, const float* in, Pair to, size_t n) {
 template <bool is_float16>
 void round_each_stochastically(uint32_t key, uint64_t first, float* values,
                                size_t n) {
-  // Blocks do not reach across a multiple of 2^32.
   const auto high = static_cast<uint32_t>(first >> 32);
   const auto low = static_cast<uint32_t>(first);
   for (size_t i = 0; i < n; ++i) {
@@ -587,14 +586,20 @@ void round_each_stochastically(uint32_t key, uint64_t first, float* values,
 
 void round_stochastically(bool is_float16, uint32_t key, uint64_t first,
                           float* values, size_t n) {
-  (is_float16 ? round_each_stochastically<true>
-              : round_each_stochastically<false>)(key, first, values, n);
+  const auto round = is_float16 ? round_each_stochastically<true>
+                                : round_each_stochastically<false>;
+  // Up to a multiple of 2^32, where the upper half of elements' numbers
+  // changes.
+  const uint64_t left = (uint64_t{1} << 32) - static_cast<uint32_t>(first);
+  const size_t before = n < left ? n : left;
+  round(key, first, values, before);
+  round(key, first + before, values + before, n - before);
 }
 
 template <typename F>
 inline __attribute__((always_inline)) void add_each(const float* x, size_t n,
-                                                    float* lanes, F term) {
-  float sums[sum_lanes];
+                                                    double* lanes, F term) {
+  double sums[sum_lanes];
   memcpy(sums, lanes, sizeof(sums));
   size_t i = 0;
   for (; i + sum_lanes <= n; i += sum_lanes) {
@@ -608,13 +613,15 @@ inline __attribute__((always_inline)) void add_each(const float* x, size_t n,
   memcpy(lanes, sums, sizeof(sums));
 }
 
-void add_squares(const float* x, size_t n, float scale, float* lanes) {
-  add_each(x, n, lanes,
-           [scale](float value) { return (value * scale) * (value * scale); });
+void add_squares(const float* x, size_t n, float scale, double* lanes) {
+  add_each(x, n, lanes, [scale](float value) {
+    const double scaled = value * scale;
+    return scaled * scaled;
+  });
 }
 
-void add_nonzero(const float* x, size_t n, float* lanes) {
-  add_each(x, n, lanes, [](float value) { return value != 0 ? 1.0f : 0.0f; });
+void add_nonzero(const float* x, size_t n, double* lanes) {
+  add_each(x, n, lanes, [](float value) { return value != 0 ? 1.0 : 0.0; });
 }
 
 // A square of this many elements is turned in registers.

@@ -77,10 +77,11 @@ struct Loops {
   // The next value of an average, by the numbers of its hyper-parameter.
   void (*average)(const float* numbers, const float* x, const float* in,
                   float* out, size_t n);
-  // Adds the squares of n values times scale to the lanes.
-  void (*add_squares)(const float* x, size_t n, float scale, float* lanes);
+  // Adds the squares of n values times scale to the lanes: in double precision,
+  // so that the norm of some pieces is that of others, to the last bit.
+  void (*add_squares)(const float* x, size_t n, float scale, double* lanes);
   // Adds 1 for each of n values that is not zero.
-  void (*add_nonzero)(const float* x, size_t n, float* lanes);
+  void (*add_nonzero)(const float* x, size_t n, double* lanes);
 
   // The sum of n squares, each of which is added to its column too, if these
   // are given.

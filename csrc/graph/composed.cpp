@@ -181,7 +181,7 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
           put(error);
         } else if (format.storage == Storage::stochastic) {
           put(round_stochastically(result, format.dtype, scalar(seed),
-                                   scalar(step), entry.tensor));
+                                   scalar(step), entry.numbers));
         } else {
           const auto target = keeps      ? dtypes[k]
                               : is_usual ? promoted(rule, dtypes, k)

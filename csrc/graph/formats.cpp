@@ -146,15 +146,18 @@ std::pair<mx::array, mx::array> split(const Format& format,
 
 mx::array round_stochastically(const mx::array& values, mx::Dtype dtype,
                                const mx::array& seed, const mx::array& step,
-                               uint32_t tensor) {
+                               const Numbers& numbers) {
   const auto x = fixed(values);
-  const auto numbers = mx::reshape(
-      mx::arange(0.0, static_cast<double>(x.size()), mx::uint64), x.shape());
-  const Bits low = mx::astype(numbers, mx::uint32);
+  const auto first = static_cast<double>(numbers.first);
+  const auto elements = mx::reshape(
+      mx::arange(first, first + static_cast<double>(x.size()), mx::uint64),
+      x.shape());
+  const Bits low = mx::astype(elements, mx::uint32);
   const Bits high = mx::astype(
-      mx::right_shift(numbers, mx::array(32, mx::uint64)), mx::uint32);
-  const Bits key = random_key<Bits>(mx::astype(seed, mx::uint32),
-                                    mx::astype(step, mx::uint32), tensor);
+      mx::right_shift(elements, mx::array(32, mx::uint64)), mx::uint32);
+  const Bits key =
+      random_key<Bits>(mx::astype(seed, mx::uint32),
+                       mx::astype(step, mx::uint32), numbers.tensor);
   const auto random = random_bits<Bits>(key, high, low);
   const auto rounded = dtype == mx::float16
                            ? stochastic_float16<Node, Bits>(x, random)

@@ -22,9 +22,9 @@ mx::array join(const mx::array& weight, const mx::array& error);
 std::pair<mx::array, mx::array> split(const Format& format,
                                       const mx::array& values);
 
-// float32 rounded to half precision at random, by the tensor's number.
+// float32 rounded to half precision at random, by the tensor's numbers.
 mx::array round_stochastically(const mx::array& values, mx::Dtype dtype,
                                const mx::array& seed, const mx::array& step,
-                               uint32_t tensor);
+                               const Numbers& numbers);
 
 }  // namespace mlx_fused

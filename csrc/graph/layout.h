@@ -139,11 +139,18 @@ struct GroupLayout {
   bool is_plain() const { return parts.size() == formats.size() && !has[seed]; }
 };
 
+// What random bits depend on: a tensor's number among the step's leaves, and of
+// a piece of a tensor its first element.
+struct Numbers {
+  uint32_t tensor = 0;
+  uint64_t first = 0;
+};
+
 // A tensor's own scalars.
 struct Entry {
   uint32_t hyperparameters;  // which of the step's sets
   uint32_t scalar;           // its place where a scalar has several entries
-  uint32_t tensor;           // its number among the leaves, for random bits
+  Numbers numbers;
 };
 
 using Sets = std::vector<Hyperparameters>;

@@ -301,7 +301,8 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
         description.vectorized &=
             is_vectorizable(sources[i]) && is_vectorizable(targets[i]);
       }
-      description.number = entry.tensor;
+      description.number = entry.numbers.tensor;
+      description.first = static_cast<int64_t>(entry.numbers.first);
       description.numbers = first_number[entry.hyperparameters];
       for (int kind = 0; kind < seed; ++kind) {
         description.scalars[kind] = strides[kind] * entry.scalar;

@@ -191,7 +191,7 @@ std::string UpdateKernel::source() const {
       if (format.storage == Storage::stochastic) {
         stores += filled(
             "    if (!skip) {\n"
-            "      round_vector<$3>(key, at, $2);\n"
+            "      round_vector<$3>(key, first, at, $2);\n"
             "    }\n",
             words);
       }
@@ -245,6 +245,7 @@ std::string UpdateKernel::source() const {
                        ? "  slots.key = random_key<uint>(" + value(seed) +
                              ", uint(" + value(step) +
                              "), tensors[i].number);\n"
+                             "  slots.first = tensors[i].first;\n"
                        : "";
   const auto scale_and_skip = value(gradient_scale) + ", " + value(skip);
   buffers += buffer("constant float*", "numbers", numbers_buffer) +
@@ -262,9 +263,10 @@ std::string UpdateKernel::source() const {
          ";\n  static constexpr constant int block_size = " +
          std::to_string(scales_block) +
          ";\n  static constexpr constant int pitch = " + std::to_string(pitch) +
-         ";\n  threadgroup float* scales;\n  uint key;\n" + "\n  void load(" +
-         elements + "thread" + arrays + loads + "  }\n\n  void store(" +
-         elements + "bool skip, thread" + arrays + stores +
+         ";\n  threadgroup float* scales;\n  uint key;\n  int64_t first;\n" +
+         "\n  void load(" + elements + "thread" + arrays + loads +
+         "  }\n\n  void store(" + elements + "bool skip, thread" + arrays +
+         stores +
          "  }\n\n  void load_scales(int j, int64_t from) const thread {\n" +
          load_scales +
          "  }\n\n  void store_scales(int j, int64_t to) const thread {\n"

@@ -37,6 +37,16 @@ void warn_of_failures() {
 }
 
 // A hyper-parameter's sets as Python gives them: a dict each.
+using Numbers = std::vector<std::pair<uint32_t, uint64_t>>;
+
+std::vector<mlx_fused::Numbers> numbers_of(const Numbers& pairs) {
+  std::vector<mlx_fused::Numbers> result;
+  for (const auto& [tensor, first] : pairs) {
+    result.push_back({tensor, first});
+  }
+  return result;
+}
+
 mlx_fused::Sets sets_of(const mlx_fused::RuleTraits& rule,
                         const std::vector<nb::dict>& dicts) {
   mlx_fused::Sets sets;
@@ -212,9 +222,16 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       },
       "values"_a, "storage"_a, "dtype"_a,
       "float32 as weights of half precision and their errors.");
-  m.def("round_stochastically", &mlx_fused::round_stochastically, "values"_a,
-        "dtype"_a, "seed"_a, "step"_a, "tensor"_a,
-        "float32 rounded to half precision at random, by the tensor's number.");
+  m.def(
+      "round_stochastically",
+      [](const mlx::core::array& values, mlx::core::Dtype dtype,
+         const mlx::core::array& seed, const mlx::core::array& step,
+         uint32_t tensor) {
+        return mlx_fused::round_stochastically(values, dtype, seed, step,
+                                               {tensor});
+      },
+      "values"_a, "dtype"_a, "seed"_a, "step"_a, "tensor"_a,
+      "float32 rounded to half precision at random, by the tensor's number.");
   m.def("join", &mlx_fused::join, "weights"_a, "errors"_a,
         "The float32 of weights and their errors.");
   m.def(
@@ -268,7 +285,7 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
              bool per_tensor,
              const std::optional<mlx::core::Dtype>& state_dtype,
              const std::optional<std::vector<size_t>>& indices,
-             const mlx_fused::Arrays& after) {
+             const mlx_fused::Arrays& after, const Numbers& numbers) {
             const auto* rule = &mlx_fused::rule_named(rule_name);
             auto values = sets_of(*rule, hyperparameters);
             const auto* averaged =
@@ -287,7 +304,8 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
                                  coefficient, seed},
                                 per_tensor},
                                false,
-                               after},
+                               after,
+                               numbers_of(numbers)},
                               state_dtype, indices);
             warn_of_failures();
             return done;
@@ -298,6 +316,7 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
           "coefficient"_a = nb::none(), "seed"_a = nb::none(),
           "per_tensor"_a = false, "state_dtype"_a = nb::none(),
           "indices"_a = nb::none(), "after"_a = mlx_fused::Arrays{},
+          "numbers"_a = Numbers{},
           "Updates leaves by a rule; False if something is no array.")
       .def("set_gradient", &Leaves::set_gradient, "index"_a, "value"_a)
       .def("set_parameter", &Leaves::set_parameter, "index"_a, "value"_a)

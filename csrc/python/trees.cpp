@@ -4,6 +4,7 @@
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "mlx/ops.h"
 #include "mlx/utils.h"
@@ -367,8 +368,15 @@ bool Leaves::update(Request request,
     }
   }
   request.keep_dtypes = keep_dtypes || state_dtype.has_value();
-  if (indices) {
-    request.numbers.assign(chosen.begin(), chosen.end());
+  const auto numbers = std::exchange(request.numbers, {});
+  if (!numbers.empty() && numbers.size() != gradients_.size()) {
+    throw std::invalid_argument("numbers: expected a pair for each leaf");
+  }
+  if (indices || !numbers.empty()) {
+    for (const size_t i : chosen) {
+      request.numbers.push_back(
+          numbers.empty() ? Numbers{static_cast<uint32_t>(i)} : numbers[i]);
+    }
   }
   fused_update(tensors, std::move(request));
   changes_.reserve(changes_.size() + chosen.size() * keys.size());

@@ -45,6 +45,7 @@ from .schedulers import (
     step_decay,
     warmup_stable_decay,
 )
+from .sharded import ShardedOptimizer
 
 __all__ = [
     "LAMB",
@@ -67,6 +68,7 @@ __all__ = [
     "RMSprop",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "ShardedOptimizer",
     "__version__",
     "backend",
     "cast_model",

@@ -107,9 +107,15 @@ def join(weights: mx.array, errors: mx.array) -> mx.array:
 
 
 def round_stochastically(
-    values: mx.array, dtype: mx.Dtype, seed: mx.array, step: mx.array, tensor: int
+    values: mx.array,
+    dtype: mx.Dtype,
+    seed: mx.array,
+    step: mx.array,
+    tensor: int,
+    first: int = 0,
 ) -> mx.array:
-    numbers = mx.arange(values.size, dtype=mx.uint64).reshape(values.shape)
+    end = first + values.size
+    numbers = mx.arange(first, end, dtype=mx.uint64).reshape(values.shape)
     key = header()["random_key"](seed.astype(mx.uint32), step.astype(mx.uint32), tensor)
     high, low = (x.astype(mx.uint32) for x in (numbers >> 32, numbers))
     random = header()["random_bits"](key, high, low)
@@ -242,6 +248,7 @@ class Leaves:
         state_dtype: mx.Dtype | None = None,
         indices: Sequence[int] | None = None,
         after: Sequence[mx.array] = (),
+        numbers: Sequence[tuple[int, int]] = (),
     ) -> bool:
         """Updates leaves by a rule; False if something is no array."""
         if self.ema is not None and f"{rule}Averaged" in _averaged_rules():
@@ -287,16 +294,18 @@ class Leaves:
             }
             new = _updated(prepared[set_of[entry]], given, **own)
             is_random = seed is not None and kind.writes_parameter
+            i = chosen[entry]
+            place = numbers[i] if numbers else (i, 0)
             changed.append(
                 self._stored(
                     rule,
                     kind,
-                    chosen[entry],
+                    i,
                     given,
                     new,
                     held[entry],
                     self.keep_dtypes or state_dtype is not None,
-                    (seed, step) if is_random else None,
+                    (seed, step, *place) if is_random else None,
                 )
             )
         for i, (new, entries) in zip(chosen, changed, strict=True):
@@ -340,7 +349,7 @@ class Leaves:
         new: list[mx.array],
         held: dict[str, Any],
         keep_dtypes: bool,
-        random: tuple[Any, Any] | None,
+        random: tuple[Any, Any, int, int] | None,
     ) -> tuple[list[mx.array], dict[str, mx.array]]:
         """The new slots, and the entries of the state."""
         parameter = self._parameters[i]
@@ -356,9 +365,8 @@ class Leaves:
         if "error" in held and kind.writes_parameter:
             plain[0], entries["error"] = split(new[0], held["error"], parameter.dtype)
         elif is_random and random is not None:
-            seed, step = random
             plain[0] = round_stochastically(
-                new[0].astype(mx.float32), parameter.dtype, seed, step, i
+                new[0].astype(mx.float32), parameter.dtype, *random
             )
         return plain, entries
 

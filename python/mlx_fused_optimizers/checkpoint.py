@@ -17,7 +17,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -114,6 +114,9 @@ def save(
         ValueError: If the state is not that of the model's parameters, or two arrays
             have the same path.
     """
+    if hasattr(optimizer, "_save"):  # of all ranks
+        optimizer._save(path, model, trainable)
+        return
     parameters = _parameters(model)
     state = _state_arrays(optimizer)
     match = _Match()
@@ -198,10 +201,39 @@ def load(
         TypeError: If an argument or a leaf of a tree is of the wrong type.
         ValueError: If the file is no checkpoint, is damaged, or does not fit.
     """
+    if hasattr(optimizer, "_load"):  # of all ranks
+        optimizer._load(path, model, strict, trainable)
+        return
+    found = fitting(path, model, optimizer, strict, trainable)
+    commit(model, found.parameters, optimizer, found.state)
+    found.warn()
+
+
+class Fitting(NamedTuple):
+    """What a file has for a model and an optimizer, in trees like theirs."""
+
+    parameters: Any
+    state: dict[str, Any]
+    digest: str  # of the file's data
+    converted: str
+
+    def warn(self) -> None:
+        if self.converted:
+            warn_caller(self.converted)
+
+
+def fitting(
+    path: str | os.PathLike[str],
+    model: nn.Module | dict[str, Any],
+    optimizer: stock.Optimizer,
+    strict: bool,
+    trainable: bool,
+) -> Fitting:
+    """A file after all checks; nothing is changed."""
     parameters = _parameters(model, trainable)
     here = _arrays(parameters)
     _state_arrays(optimizer)  # checks its type
-    configuration, arrays = _read(path)
+    configuration, arrays, digest = _read(path)
     found: dict[str, Arrays] = {"model": {}, "optimizer": {}}
     for name, array in arrays.items():
         root, _, rest = name.partition(".")
@@ -223,14 +255,13 @@ def load(
     if saved.keys() < here.keys() and isinstance(model, nn.Module):
         title += "; a file saved with trainable=True is loaded with the same"
     _refuse(title, match.problems)
-    _commit(
-        model, tree_map_with_path(lambda p, _: saved[p], parameters), optimizer, state
+    converted = ", ".join(f"{n} arrays from {k}" for k, n in match.converted.items())
+    return Fitting(
+        tree_map_with_path(lambda p, _: saved[p], parameters),
+        state,
+        digest,
+        converted and f"{os.fspath(path)}: the state was converted: {converted}",
     )
-    if match.converted:
-        warn_caller(
-            f"{os.fspath(path)}: the state was converted: "
-            + ", ".join(f"{n} arrays from {k}" for k, n in match.converted.items())
-        )
 
 
 def _parameters(model: Any, trainable: bool = False) -> Any:
@@ -334,6 +365,11 @@ def _describe(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "size", 0) == 1:
         return value.item()
     return "a function" if callable(value) else f"of type {type(value).__name__}"
+
+
+def settings_of(optimizer: stock.Optimizer) -> dict[str, str]:
+    """An optimizer's settings by name, as files are compared by."""
+    return _settings(_configuration(optimizer))
 
 
 def _settings(configuration: Any) -> dict[str, str]:
@@ -547,7 +583,7 @@ def _is_node(value: Any) -> bool:
 # Changing model and optimizer
 
 
-def _commit(
+def commit(
     model: Any, parameters: Any, optimizer: stock.Optimizer, state: dict[str, Any]
 ) -> None:
     """All or, if an interrupt comes, nothing."""
@@ -658,8 +694,8 @@ def _header(entries: dict[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[Any, Arrays]:
-    """Configuration and arrays of a file, after all of its checks."""
+def _read(path: str | os.PathLike[str]) -> tuple[Any, Arrays, str]:
+    """Configuration, arrays and digest of a file, after all of its checks."""
     name = os.fspath(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -700,7 +736,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Any, Arrays]:
         if digest.hexdigest() != metadata["data_sha256"]:
             raise ValueError(f"the data of {name} is damaged")
     mx.eval(arrays)
-    return json.loads(metadata["configuration"]), arrays
+    return json.loads(metadata["configuration"]), arrays, metadata["data_sha256"]
 
 
 def _array(data: bytes, dtype: mx.Dtype, shape: list[int]) -> mx.array:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .._ext import Leaves
+    from ..sharded.known import Known
 
 INIT = "optimizer.init(model.trainable_parameters())"
 
@@ -222,6 +223,8 @@ class Optimizer(stock.Optimizer):
     ema: float | None = None
     takes_ema: bool = True  # else the class keeps an average of its own
     _lends_averages = False  # whether a model has the averages' weights now
+    # While it has pieces of the parameters, as part of a ShardedOptimizer.
+    _known: Known | None = None
 
     def __init__(
         self,
@@ -835,6 +838,10 @@ class Optimizer(stock.Optimizer):
             keep_dtypes=keeps,
         )
 
+    def _asked(self, path: str, array: Any) -> tuple[str, Any]:
+        """What filters are asked about: the whole, also where this has a piece."""
+        return (path, array) if self._known is None else self._known.whole(path)
+
     def _measure(
         self, leaves: Leaves, shards: Shards, number: mx.array | None = None
     ) -> Clip:
@@ -842,9 +849,12 @@ class Optimizer(stock.Optimizer):
         if not self._needs_norm():
             return Clip()
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        if self.clip_by_last_norm and not shards:
+        if self._known is not None:
+            norm, factor = self._known.measure(leaves.gradients, limit)
+        elif self.clip_by_last_norm and not shards:
             return self._measure_in_chunks(leaves, limit, number)
-        norm, factor = measure(leaves.gradients, limit, leaves.tree, shards)
+        else:
+            norm, factor = measure(leaves.gradients, limit, leaves.tree, shards)
         if number is not None:
             norm = norm / number
             factor = mx.minimum(limit / (norm + 1e-6), 1.0)

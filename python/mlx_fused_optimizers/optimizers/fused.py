@@ -210,7 +210,7 @@ class FusedOptimizer(Optimizer):
             kind = None
         elif kind is not None:
             decides = self.quantize_filter or _is_large
-            kind = kind if decides(path, parameter) else None
+            kind = kind if decides(*self._asked(path, parameter)) else None
         if self.takes_codes:
             rule = self._rule()
             was_held = is_error(state.get("error"))
@@ -299,7 +299,7 @@ class FusedOptimizer(Optimizer):
         is_single = isinstance(leaves.tree, mx.array)  # apply_single's only one
         if is_single or not leaves or (not self.groups and decays is None):
             return Arguments([usual], None, rate, False, self._coefficient(usual))
-        named = [*zip(paths(leaves.tree), leaves.parameters, strict=True)]
+        named = [*map(self._asked, paths(leaves.tree), leaves.parameters)]
         set_of = [self._group_of(*leaf) for leaf in named]
         sets, rates = [usual], [rate]
         for number in range(1, len(self.groups or ()) + 1):
@@ -509,6 +509,12 @@ class FusedOptimizer(Optimizer):
         seed: mx.array | None = self.state.get("rounding_seed")
         return seed if seed is None or self._part == 0 else seed + self._part
 
+    def _numbers(self, leaves: Leaves) -> Sequence[tuple[int, int]]:
+        """What random bits depend on, where it is not that of the leaves."""
+        if self._known is None or not self.stochastic_rounding:
+            return ()
+        return self._known.numbers(paths(leaves.tree))
+
     def _run(
         self, leaves: Leaves, rule: str, hyperparameters: Any, **rest: Any
     ) -> None:
@@ -520,6 +526,7 @@ class FusedOptimizer(Optimizer):
                 hyperparameters,
                 step=as_array(self.step),
                 seed=self._seed(),
+                numbers=self._numbers(leaves),
                 **{"state_dtype": self._plain_dtype(), **rest},
             )
 

@@ -197,7 +197,7 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
             return [0] * len(leaves)
         return [
             next(i for i, takes in enumerate(self.filters) if takes(*leaf))
-            for leaf in zip(paths(leaves.tree), leaves.gradients, strict=True)
+            for leaf in map(self._asked, paths(leaves.tree), leaves.gradients)
         ]
 
     def _split(self, tree: Any, chosen: Iterable[int]) -> list[Any]:
