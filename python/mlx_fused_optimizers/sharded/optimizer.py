@@ -24,10 +24,11 @@ from ..optimizers.base import (
     paths,
 )
 from ..optimizers.fused import FusedOptimizer
+from ..optimizers.multi import MultiOptimizer
 from ..shards import shards_of_model
 from .known import Known
 from .layout import Bucket, Tensor, buckets_of, runs_of
-from .ranks import RanksDifferError, Ranks
+from .ranks import Ranks, RanksDifferError
 from .whole import (
     States,
     gathered_states,
@@ -156,6 +157,13 @@ class ShardedOptimizer(stock.Optimizer):
         for part in parts_of(optimizer):
             if isinstance(part, ShardedOptimizer):
                 raise TypeError("optimizer is sharded already, or has a part that is")
+            is_multi = isinstance(part, stock.MultiOptimizer)
+            if is_multi and not isinstance(part, MultiOptimizer):
+                raise TypeError(
+                    f"optimizer is or has a {type(part).__module__}.MultiOptimizer, "
+                    "which takes no pieces; expected that of mlx_fused_optimizers, "
+                    "whose parts may be of mlx.optimizers"
+                )
         if group is not None and not isinstance(group, mx.distributed.Group):
             raise TypeError(
                 f"group is of type {type(group).__name__}; expected an "
@@ -200,8 +208,8 @@ class ShardedOptimizer(stock.Optimizer):
 
     @property
     def step(self) -> Any:
-        """The step count."""
-        return self.optimizer.step
+        """The step count; of a MultiOptimizer that of its first optimizer."""
+        return self._parts[0].step
 
     @property
     def learning_rate(self) -> Any:
@@ -281,7 +289,7 @@ class ShardedOptimizer(stock.Optimizer):
         for path, array in zip(paths(parameters), leaves.gradients, strict=True):
             part = part_of(self.optimizer, path, array)
             number = next(i for i, x in enumerate(self._parts) if x is part)
-            is_flat = isinstance(self.optimizer, Optimizer) and is_elementwise(part)
+            is_flat = is_elementwise(part)
             tensors.append(Tensor(path, array.shape, array.dtype, number, is_flat))
         return tensors
 
@@ -498,7 +506,7 @@ class ShardedOptimizer(stock.Optimizer):
             )
         except BaseException as error:
             undo()
-            if is_lazy or not isinstance(error, Exception):
+            if is_lazy or self._ranks.is_broken or not isinstance(error, Exception):
                 raise
             problem = error
         if not is_lazy:

@@ -118,9 +118,13 @@ class Ranks:
         finally:
             self._last = self._refused = None
 
+    @property
+    def is_broken(self) -> bool:
+        return self._key in _broken
+
     def check(self) -> None:
         """Raise RuntimeError if the group cannot be used any more."""
-        if self._key in _broken:
+        if self.is_broken:
             raise RuntimeError(
                 f"the group of {self.size} ranks is broken: {_broken[self._key]}. "
                 "Start all ranks again, from the last checkpoint"

@@ -31,9 +31,13 @@ def single_parts(optimizer: stock.Optimizer) -> list[stock.Optimizer]:
     return found
 
 
+def is_node(value: Any) -> bool:
+    return isinstance(value, (dict, list, tuple))
+
+
 def own_entries(state: Mapping[str, Any]) -> dict[str, Any]:
     """Those that are no parameter's."""
-    return {k: v for k, v in state.items() if not isinstance(v, (dict, list, tuple))}
+    return {key: value for key, value in state.items() if not is_node(value)}
 
 
 def gathered_states(
@@ -135,19 +139,27 @@ def whole_optimizer(
     """A copy that has these states, or none yet where there are none."""
     twin = copy(optimizer)
     vars(twin)["_initialized"] = False
+    state: dict[str, Any] = {}
     if isinstance(optimizer, stock.MultiOptimizer):
-        vars(twin)["_state"] = own_entries(optimizer.state)
-        vars(twin)["optimizers"] = [
+        inner = [
             whole_optimizer(x, parts, tensors, states) for x in optimizer.optimizers
         ]
-        return twin
-    number = next(i for i, part in enumerate(parts) if part is optimizer)
-    entries = [
-        (f"{tensor.path}.{name}", array)
-        for tensor in tensors
-        if tensor.part == number
-        for name, array in states.get(tensor.path, {}).items()
-    ]
-    tree: Any = tree_unflatten(entries) if entries else {}
-    vars(twin)["_state"] = {**own_entries(optimizer.state), **tree}
+        vars(twin)["optimizers"] = inner
+        nodes = {"states": [x.state for x in inner]}
+    else:
+        number = next(i for i, part in enumerate(parts) if part is optimizer)
+        entries = [
+            (f"{tensor.path}.{name}", array)
+            for tensor in tensors
+            if tensor.part == number
+            for name, array in states.get(tensor.path, {}).items()
+        ]
+        nodes = dict(tree_unflatten(entries)) if entries else {}
+    # In the order of one process: an entry may have come after the parameters'.
+    for key, value in optimizer.state.items():
+        if not is_node(value):
+            state[key] = value
+        else:
+            state.update(nodes)
+    vars(twin)["_state"] = {**state, **nodes}
     return twin
