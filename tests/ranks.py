@@ -7,8 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -63,31 +65,35 @@ def launch(
     }
     hosts = folder / f"hosts{ranks}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
-    processes = []
-    for rank in range(ranks):
-        own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script), *arguments],
-                env={**environment, **own},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+    # Not pipes: a rank would wait where nobody reads.
+    with ExitStack() as stack:
+        files = [
+            [stack.enter_context(TemporaryFile("w+")) for _ in range(2)]
+            for _ in range(ranks)
+        ]
+        processes = []
+        for rank, (output, errors) in enumerate(files):
+            own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(script), *arguments],
+                    env={**environment, **(own if ranks > 1 else {})},
+                    stdout=output,
+                    stderr=errors,
+                )
             )
-        )
-    try:
-        for rank, process in enumerate(processes):
-            if rank != stops:
-                process.wait(seconds)
-        if stops is not None:
-            processes[stops].kill()
-        outputs = [process.communicate(timeout=seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+        try:
+            for rank, process in enumerate(processes):
+                if rank != stops:
+                    process.wait(seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        texts = [[file.seek(0), file.read()][1] for pair in files for file in pair]
     return [
-        Ended(process.returncode, *output)
-        for process, output in zip(processes, outputs, strict=True)
+        Ended(process.returncode, str(texts[2 * i]), str(texts[2 * i + 1]))
+        for i, process in enumerate(processes)
     ]
 
 
@@ -110,9 +116,8 @@ def digest(tree: Any) -> str:
     for path, x in flat:
         found.update(f"{path} {x.dtype} {x.shape}".encode())
         if x.size > 0:
-            found.update(
-                bytes(memoryview(mx.view(mx.contiguous(x).reshape(-1), mx.uint8)))
-            )
+            data: Any = mx.view(mx.contiguous(x).reshape(-1), mx.uint8)
+            found.update(bytes(memoryview(data)))
     return found.hexdigest()
 
 

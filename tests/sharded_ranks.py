@@ -44,7 +44,7 @@ def parameters(dtype: mx.Dtype = mx.float32) -> dict[str, Any]:
 
 
 def mean_of(gradients: list[Any]) -> Any:
-    return tree_map(lambda first, *rest: sum(rest, first) / N, *gradients)
+    return tree_map(lambda first, *rest: sum(rest, first) / len(gradients), *gradients)
 
 
 def train(
@@ -88,7 +88,7 @@ def train(
         if i == nan_at:
             made[1]["layers"][0]["bias"] = made[1]["layers"][0]["bias"] * mx.nan
         if group.size() > 1 and not is_averaged:
-            made = [made[group.rank()]]
+            made = made[group.rank() :: group.size()]
         run(*made)
         mx.eval(state)
     return tree, optimizer
@@ -250,12 +250,14 @@ def trained(name: str, folder: Path) -> Any:
     path = folder / f"{name}-{group.size()}.safetensors"
     optim.save(path, tree, optimizer)
     found = optimizer.state.get("grad_norm")
+    state: Any = tree_flatten(optimizer.state)
+    flat: Any = tree_flatten(tree)
     return {
         "parameters": digest(tree),
         "step": int(optimizer.step),
         "norm": None if found is None else float(found.item()),
-        "bytes": sum(x.nbytes for _, x in tree_flatten(optimizer.state)),
-        "sums": [float(mx.abs(x).sum().item().real) for _, x in tree_flatten(tree)],
+        "bytes": sum(x.nbytes for _, x in state),
+        "sums": [float(mx.abs(x).sum().item().real) for _, x in flat],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import signal
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,6 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_all_ranks_refuse_together(results: Any, case: str) -> None:
     """Nothing has changed then, and all can go on."""
-    import re
-
     _, ranks = results
     for rank in ranks:
         assert re.search(REFUSED[case], rank["refused"][case]), rank["refused"][case]
@@ -172,7 +170,10 @@ def test_any_number_of_ranks_loads_what_others_saved(folder: Path) -> None:
         files = [*folder.glob(f"{name}-*.safetensors")]
         assert len(files) == 16
         assert len({path.read_bytes() for path in files}) == 1
-    assert saved[0].read_bytes() == files[0].with_name("again-1-1.safetensors").read_bytes()
+    assert (
+        saved[0].read_bytes()
+        == files[0].with_name("again-1-1.safetensors").read_bytes()
+    )
 
 
 LOSSES = [
@@ -239,7 +240,11 @@ def test_copies_share_the_group() -> None:
         ({"bucket_size": 1.5}, TypeError, "bucket_size is of type float"),
         ({"bucket_size": 0}, ValueError, r"bucket_size should be in \[1, 1073741824\]"),
         ({"bucket_size": 1 << 31}, ValueError, "bucket_size should be in"),
-        ({"gradients": "none"}, ValueError, "gradients should be 'local' or 'averaged'"),
+        (
+            {"gradients": "none"},
+            ValueError,
+            "gradients should be 'local' or 'averaged'",
+        ),
         ({"timeout": "3"}, TypeError, "timeout is of type str"),
         ({"timeout": 0}, ValueError, "timeout should be >0, 0 was provided"),
         (
@@ -305,4 +310,3 @@ def test_layouts_have_each_element_once(ranks: int, bucket_size: int) -> None:
 
 def test_the_matrix_of_losses_has_every_collective() -> None:
     assert killed_ranks.COLLECTIVES == {"one": 5, "several": 9}
-    assert signal.SIGKILL

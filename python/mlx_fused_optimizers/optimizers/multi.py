@@ -71,6 +71,11 @@ class MultiOptimizer(Optimizer, stock.MultiOptimizer):
     ) -> None:
         _check_list("optimizers", optimizers, lambda o: isinstance(o, stock.Optimizer))
         _check_list("filters", filters, callable)
+        if any(hasattr(part, "_ranks") for part in optimizers):
+            raise TypeError(
+                "optimizers has a ShardedOptimizer; shard the MultiOptimizer in its "
+                "place"
+            )
         if not optimizers:
             raise ValueError("optimizers is empty; expected at least one")
         stock.MultiOptimizer.__init__(self, optimizers, list(filters))

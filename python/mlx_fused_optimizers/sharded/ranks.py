@@ -99,6 +99,14 @@ class Ranks:
         self._last: mx.array | None = None
         self._refused: Exception | None = None  # an error that all ranks know of
 
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return Ranks(self.group, self.timeout)  # MLX's groups cannot be copied
+
+    def __reduce__(self) -> Any:
+        if self._key != "world":
+            raise TypeError("a group of some ranks cannot be pickled")
+        return Ranks, (None, self.timeout)
+
     @contextmanager
     def doing(self, what: str, is_lazy: bool = False) -> Iterator[None]:
         """What errors name: a step, or what else ranks do together.
