@@ -79,6 +79,7 @@ bench: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/examples
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.train_step
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.distributed
 	$(BIN)/python -m bench.front_page
 	$(BIN)/python -m bench.accumulate
 

@@ -139,3 +139,13 @@ def test_bad_arguments_are_refused(arguments: list[str], message: str) -> None:
     done = run("bench", *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_step_on_several_ranks(tmp_path: Path) -> None:
+    sizes = ["--width", "128", "--layers", "1", "--vocabulary", "1024", "--steps", "1"]
+    done = run("bench.distributed", "--ranks", "2", *sizes, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "distributed.json").read_text())["rows"]
+    assert row["state times N"] < 1.02
+    assert row["formula"] == 1.0
+    assert (tmp_path / "distributed.png").stat().st_size > 0

@@ -412,6 +412,9 @@ class ShardedOptimizer(stock.Optimizer):
         Raises:
             RuntimeError: If a rank is lost, or was lost before.
         """
+        if self._ranks.size == 1:
+            mx.eval(*arrays)
+            return
         with self._ranks.doing("a compiled step", is_lazy=True):
             self._ranks.wait(*arrays)
 

@@ -169,10 +169,11 @@ class Ranks:
             with _watchdog.watching(self.timeout, what):
                 mx.eval(*arrays)
         except RuntimeError as error:
-            _broken[self._key] = f"{self._doing} lost a rank: {error}"
-            raise RuntimeError(
-                f"{self._doing}: rank {self.rank} of {self.size} lost another: {error}"
-            ) from error
+            # A lazy step may have an error of its own, which leaves the others alone.
+            loss = "failed or lost another" if self._is_lazy else "lost another"
+            text = f"{self._doing}: rank {self.rank} of {self.size} {loss}: {error}"
+            _broken[self._key] = text
+            raise RuntimeError(text) from error
 
     def all_gather(self, x: mx.array) -> mx.array:
         """The rows of all ranks, one after the other."""
