@@ -79,7 +79,7 @@ def main() -> None:
         optimizer.update(model, gradients)
         if (step + 1) % 20 == 0:
             loss = mx.distributed.all_sum(loss) / group.size()
-            optimizer.eval(loss)
+            optimizer.wait(loss)
             if group.rank() == 0:
                 print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
     if options.checkpoint:

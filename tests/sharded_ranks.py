@@ -67,7 +67,7 @@ def train(
     tree = parameters(dtype) if tree is None else tree
     is_averaged = (arguments or {}).get("gradients") == "averaged"
     if group.size() > 1 and not isinstance(optimizer, optim.ShardedOptimizer):
-        usual = {"bucket_size": 16384, "timeout": 60, **(arguments or {})}
+        usual = {"bucket_size": BUCKET, "timeout": 60, **(arguments or {})}
         optimizer = optim.ShardedOptimizer(optimizer, **usual)
     optimizer.init(tree)
 
@@ -163,6 +163,7 @@ def made(name: str, *args: Any, **options: Any) -> Any:
 RATE: dict[str, Any] = {"learning_rate": 1e-2}
 CLIP: dict[str, Any] = {"max_grad_norm": 0.5}
 HALF: dict[str, Any] = {"dtype": mx.bfloat16}
+SEVERAL: dict[str, Any] = {"arguments": {"bucket_size": 16384}}  # buckets
 FLOAT16: dict[str, Any] = {"dtype": mx.float16}
 
 # Of each case the optimizer, and the arguments of train.
@@ -188,7 +189,7 @@ CASES |= {
         lambda: optim.Lion(1e-2, skip_nonfinite=True, **CLIP),
         {"compiled": True, "nan_at": 7},
     ),
-    "compiled-parts": (lambda: parts(**CLIP), {"compiled": True}),
+    "compiled-parts": (lambda: parts(**CLIP), {"compiled": True, **SEVERAL}),
     "clip": (
         lambda: optim.AdamW(1e-2, skip_nonfinite=True, **CLIP),
         {"nan_at": 7},
@@ -226,13 +227,16 @@ CASES |= {
         {**HALF, "widens": mx.float32},
     ),
     "complex": (lambda: optim.SGD(1e-2, momentum=0.9, **CLIP), {"dtype": mx.complex64}),
-    "parts": (lambda: parts(skip_nonfinite=True, **CLIP), {**HALF, "nan_at": 7}),
+    "parts": (
+        lambda: parts(skip_nonfinite=True, **CLIP),
+        {**HALF, "nan_at": 7, **SEVERAL},
+    ),
     "frozen": (lambda: optim.AdamW(1e-2, **CLIP), {"frozen": True}),
     "averaged": (
         lambda: optim.AdamW(1e-2, **CLIP),
         {"arguments": {"gradients": "averaged"}},
     ),
-    "one-bucket": (lambda: optim.AdamW(1e-2), {"arguments": {"bucket_size": 1 << 20}}),
+    "buckets": (lambda: optim.AdamW(1e-2, **CLIP), SEVERAL),
     "many-buckets": (
         lambda: optim.AdamW(1e-2, state_dtype="int8"),
         {"arguments": {"bucket_size": 1}, "steps": 5},
@@ -291,18 +295,14 @@ def exact_optimizer() -> Any:
 
 def exact(folder: Path) -> Any:
     group = mx.distributed.init()
-    tree, optimizer = train(
-        exact_optimizer(), steps=2, exact=True, arguments={"bucket_size": BUCKET}
-    )
+    tree, optimizer = train(exact_optimizer(), steps=2, exact=True)
     optim.save(folder / f"exact-{group.size()}.safetensors", tree, optimizer)
     return digest(tree)
 
 
 def rounded(folder: Path) -> Any:
     """Of sums that are rounded."""
-    tree, _ = train(
-        optim.AdamW(1e-2, **CLIP), steps=5, arguments={"bucket_size": BUCKET}
-    )
+    tree, _ = train(optim.AdamW(1e-2, **CLIP), steps=5)
     flat: Any = tree_flatten(tree)
     return {path: x.tolist() for path, x in flat}
 
@@ -330,6 +330,8 @@ def refused(folder: Path) -> Any:
     results["path"] = init(optim.SGD(0.1), other)
     other = {**tree, "b": mx.ones(7, mx.float16)} if is_second else tree
     results["dtype"] = init(optim.SGD(0.1), other)
+    other = {**tree, "b": mx.arange(7.0)} if is_second else tree
+    results["values"] = init(optim.SGD(0.1), other)
     results["type"] = init(optim.SGD(0.1), {"a": 3.0} if is_second else tree)
     results["name"] = init(optim.SGD(0.1), {"step": mx.ones(3)})
     results["setting"] = init(optim.AdamW(0.1, eps=1e-8 if is_second else 1e-6), tree)
@@ -347,6 +349,9 @@ def refused(folder: Path) -> Any:
 
     some = {"a": tree["a"]} if is_second else tree
     results["missing"] = step(some)
+    optimizer.learning_rate = 0.2 if is_second else 0.1
+    results["rate"] = step(tree)
+    optimizer.learning_rate = 0.1
     results["gradient-dtype"] = step(
         {**tree, "a": mx.ones((4, 5), mx.float16)} if is_second else tree
     )
@@ -432,7 +437,22 @@ def modules(folder: Path) -> Any:
     return [before, digest(model.parameters())]
 
 
+def averaged(folder: Path) -> Any:
+    """A model with the averages of its weights, and with its own again."""
+    group = mx.distributed.init()
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.Linear(40, 3))
+    tree = model.parameters()
+    tree, optimizer = train(optim.ScheduleFreeAdamW(1e-2), steps=3, tree=tree)
+    model.update(tree)
+    whole = optimizer.gathered() if group.size() > 1 else optimizer
+    with whole.averaged(model):
+        found = digest(model.parameters())
+    return [found, digest(model.parameters()), sum(1 for _ in optimizer.state)]
+
+
 OTHERS = {
+    "averaged-weights": averaged,
     "exact": exact,
     "resharded": resharded,
     "rounded": rounded,

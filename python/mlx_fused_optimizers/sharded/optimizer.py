@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as stock
+from mlx.utils import tree_flatten
 
 from .. import checkpoint
 from .._kernels import kernels
@@ -18,6 +19,7 @@ from .._version import __version__
 from ..optimizers.base import (
     INIT,
     Optimizer,
+    as_array,
     check_given,
     check_tree,
     parts_of,
@@ -74,6 +76,18 @@ def part_of(optimizer: stock.Optimizer, path: str, array: mx.array) -> stock.Opt
     return optimizer
 
 
+def bits_of(parameters: Any) -> list[str]:
+    """What differs where parameters do."""
+    flat: Any = tree_flatten(parameters)
+    unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+    return [
+        f"values of {path!r} that sum to {mx.sum(bits).item()} as integers"
+        for path, x in flat
+        if x.size > 0
+        for bits in [mx.view(x.reshape(-1), unsigned[x.dtype.size], stream=mx.cpu)]
+    ]
+
+
 def evaluate(tree: Any) -> bool:
     """Evaluate arrays; False inside of MLX's transformations, where nothing can be."""
     try:
@@ -99,16 +113,19 @@ class ShardedOptimizer(stock.Optimizer):
     the other in buckets, and each is cut into N rows. Muon, Adafactor and optimizers
     that are not of this package have whole tensors, each on one rank.
 
-    ``init`` compares paths, shapes, dtypes, configuration and versions of all ranks,
-    and each step compares the gradients'. When a rank dies, the others raise a
-    ``RuntimeError`` that names the step; their parameters are those before it or after
-    it. The optimizer's state is then lost: start again from the last checkpoint. Any
-    later call on that group raises at once.
+    ``init`` compares the parameters, the configuration and the versions of all ranks,
+    and each step the gradients' paths and dtypes, step counts and learning rates. When
+    a rank dies, the others raise a ``RuntimeError`` that names the step; their
+    parameters are those before it or after it. The optimizer's state is then lost:
+    start again from the last checkpoint. Any later call on that group raises at once.
 
     Under ``mx.compile`` (call ``init`` before) all of this is part of the caller's
     ``mx.eval``, which may wait for ever when a rank dies, and changes parameters
-    before it does. Use :meth:`eval` in its place, with ``timeout``; better, compile the
+    before it does. Use :meth:`wait` in its place, with ``timeout``; better, compile the
     loss and its gradients alone.
+
+    What an optimizer does with a whole model beside its steps, as the averages of
+    schedule-free ones, is for :meth:`gathered`.
 
     State of a parameter: what the optimizer holds of this rank's piece, under the
     parameter's path. :func:`save` writes the file of one process, byte for byte, and
@@ -255,7 +272,12 @@ class ShardedOptimizer(stock.Optimizer):
         with self._ranks.doing("init"):
             self._init(parameters)
 
-    def _init(self, parameters: Any, problem: Exception | None = None) -> None:
+    def _init(
+        self,
+        parameters: Any,
+        problem: Exception | None = None,
+        compares_values: bool = True,
+    ) -> None:
         tensors: list[Tensor] = []
         lines: list[str] = []
         try:
@@ -264,6 +286,8 @@ class ShardedOptimizer(stock.Optimizer):
                 self._check_names(parameters)
                 tensors = self._tensors_of(parameters)
                 lines = self._description(tensors)
+                if compares_values:
+                    lines += bits_of(parameters)
         except REFUSALS as error:
             problem = error
         self._ranks.agree(lines, problem)
@@ -406,7 +430,7 @@ class ShardedOptimizer(stock.Optimizer):
             return self.optimizer.apply_gradients(gradients, parameters)
         return self._step(gradients, parameters)
 
-    def eval(self, *arrays: Any) -> None:
+    def wait(self, *arrays: Any) -> None:
         """As ``mx.eval``, for what a compiled step returns: with ``timeout``.
 
         Raises:
@@ -448,8 +472,16 @@ class ShardedOptimizer(stock.Optimizer):
                     f"gradient {self._tensors[i].path!r}: {x.dtype}"
                     for i, x in zip(numbers, arrays, strict=True)
                 ]
-                ranks.agree([f"step count {int(self.step)}", *lines], problem)
+                ranks.agree([*self._entries(), *lines], problem)
             return leaves.replace(self._updated(leaves, numbers, is_lazy))
+
+    def _entries(self) -> list[str]:
+        """The step counts, learning rates and so on, which are each rank's own."""
+        return [
+            f"{name} {as_array(value).tolist()}"
+            for part in self._parts
+            for name, value in own_entries(part.state).items()
+        ]
 
     def _refuse_shards(self, model: Any, gradients: Any) -> None:
         for path in shards_of_model(model, gradients):
@@ -612,7 +644,24 @@ class ShardedOptimizer(stock.Optimizer):
             mx.eval(result, self.state)
         return result
 
-    # Checkpoints, for save and load
+    # The whole state
+
+    def gathered(self) -> Any:
+        """A copy of the optimizer with the whole state; to be called on all ranks.
+
+        Returns:
+            mlx.optimizers.Optimizer: What one process would have. Its arrays take the
+            memory of the whole state on each rank.
+
+        Raises:
+            RuntimeError: If a rank is lost, or was lost before.
+        """
+        if self._ranks.size == 1:
+            return self.optimizer
+        parts = self._parts
+        with self._ranks.doing("gathered"):
+            states = gathered_states(parts, self._ranks, self._tensors, self._mine)
+        return whole_optimizer(self.optimizer, parts, self._tensors, states)
 
     def _save(self, path: str | os.PathLike[str], model: Any, trainable: bool) -> None:
         if self._ranks.size == 1:
@@ -649,7 +698,8 @@ class ShardedOptimizer(stock.Optimizer):
         with ranks.doing("load"):
             if not self._tensors:
                 is_module = isinstance(model, nn.Module)
-                self._init(model.trainable_parameters() if is_module else model)
+                parameters = model.trainable_parameters() if is_module else model
+                self._init(parameters, compares_values=False)
             problem: Exception | None = None
             lines: list[str] = []
             try:
