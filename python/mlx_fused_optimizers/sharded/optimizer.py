@@ -76,16 +76,14 @@ def part_of(optimizer: stock.Optimizer, path: str, array: mx.array) -> stock.Opt
     return optimizer
 
 
-def bits_of(parameters: Any) -> list[str]:
-    """What differs where parameters do."""
-    flat: Any = tree_flatten(parameters)
+def sums_of_bits(parameters: Any) -> list[Any]:
+    """What differs where the values of parameters do."""
     unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-    return [
-        f"values of {path!r} that sum to {mx.sum(bits).item()} as integers"
-        for path, x in flat
-        if x.size > 0
-        for bits in [mx.view(x.reshape(-1), unsigned[x.dtype.size], stream=mx.cpu)]
+    flat: Any = tree_flatten(parameters)
+    views = [
+        mx.view(x.reshape(-1), unsigned[x.dtype.size], stream=mx.cpu) for _, x in flat
     ]
+    return [mx.sum(x, stream=mx.cpu).item() if x.size > 0 else 0 for x in views]
 
 
 def evaluate(tree: Any) -> bool:
@@ -285,9 +283,8 @@ class ShardedOptimizer(stock.Optimizer):
                 check_tree("parameters", parameters)
                 self._check_names(parameters)
                 tensors = self._tensors_of(parameters)
-                lines = self._description(tensors)
-                if compares_values:
-                    lines += bits_of(parameters)
+                sums = sums_of_bits(parameters) if compares_values else None
+                lines = self._description(tensors, sums)
         except REFUSALS as error:
             problem = error
         self._ranks.agree(lines, problem)
@@ -317,7 +314,7 @@ class ShardedOptimizer(stock.Optimizer):
             tensors.append(Tensor(path, array.shape, array.dtype, number, is_flat))
         return tensors
 
-    def _description(self, tensors: list[Tensor]) -> list[str]:
+    def _description(self, tensors: list[Tensor], sums: list[Any] | None) -> list[str]:
         """What has to be the same on all ranks."""
         settings = checkpoint.settings_of(self.optimizer)
         return [
@@ -328,7 +325,8 @@ class ShardedOptimizer(stock.Optimizer):
             *(f"configuration {name!r}: {x}" for name, x in settings.items()),
             *(
                 f"parameter {x.path!r}: {x.dtype} {x.shape}, of optimizer {x.part}"
-                for x in tensors
+                + ("" if sums is None else f", bits that sum to {sums[i]}")
+                for i, x in enumerate(tensors)
             ),
         ]
 
