@@ -68,7 +68,8 @@ def test_accumulation_needs_no_more_with_more_batches(tmp_path: Path) -> None:
     two, eight = (row["bytes a parameter"] for row in rows)
     for way in ("accumulate=k", "accumulate=k, compiled"):
         assert eight[way] < 1.1 * two[way]
-        assert eight[way] < eight["MLX, tree_map"]
+    at_once = "MLX, tree_map, one evaluation"
+    assert eight[at_once] > two[at_once]
     assert (tmp_path / "accumulate.png").stat().st_size > 0
 
 
