@@ -231,6 +231,11 @@ CASES |= {
         lambda: parts(skip_nonfinite=True, **CLIP),
         {**HALF, "nan_at": 7, **SEVERAL},
     ),
+    "accumulate": (
+        lambda: optim.AdamW(1e-2, accumulate=2, **CLIP),
+        {"counts": 25},
+    ),
+    "ema": (lambda: optim.AdamW(1e-2, ema=0.9), {}),
     "frozen": (lambda: optim.AdamW(1e-2, **CLIP), {"frozen": True}),
     "averaged": (
         lambda: optim.AdamW(1e-2, **CLIP),
@@ -250,6 +255,7 @@ CASES |= {
 
 def trained(name: str, folder: Path) -> Any:
     make, arguments = CASES[name]
+    arguments = {k: v for k, v in arguments.items() if k != "counts"}
     tree, optimizer = train(make(), **arguments)
     group = mx.distributed.init()
     path = folder / f"{name}-{group.size()}.safetensors"
