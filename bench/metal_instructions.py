@@ -26,7 +26,7 @@ from metal_simulator.instructions import (  # noqa: E402
     count,
     table,
 )
-from mlx_fused_optimizers.selfcheck import held_kernels  # noqa: E402
+from mlx_fused_optimizers.selfcheck import every_rule, held_kernels  # noqa: E402
 
 
 def sources(rules: list[str] | None = None) -> dict[str, str]:
@@ -42,7 +42,8 @@ def sources(rules: list[str] | None = None) -> dict[str, str]:
         os.environ["MLX_FUSED_SIMULATOR_SOURCES"] = folder
         try:
             single = mx.zeros(1)
-            for rule in rules or kernels.rule_names():
+            known = every_rule()
+            for rule in [known[name] for name in rules or known]:
                 kernels.check_update(rule, single, single, single)
                 for dtype, *storages in held_kernels(rule):
                     like = mx.zeros(1, getattr(mx, dtype))

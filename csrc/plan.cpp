@@ -69,19 +69,36 @@ bool broadcasts_to(const mx::Shape& from, const mx::Shape& to) {
   return true;
 }
 
+// The rows of a program's scalars that some tensors have, as one array.
+mx::array stacked(const std::vector<Arrays>& rows,
+                  const std::vector<uint32_t>& chosen, mx::StreamOrDevice s) {
+  Arrays entries;
+  for (const auto row : chosen) {
+    for (const auto& a : rows[row]) {
+      entries.push_back(
+          mx::reshape(mx::astype(a, mx::float32, s), mx::Shape{1}, s));
+    }
+  }
+  return mx::reshape(mx::concatenate(entries, 0, s),
+                     {static_cast<int>(chosen.size()), -1}, s);
+}
+
 // All that the plan has to know of a tensor, in bits, so that a step's plan is
 // found by comparing numbers.
 struct Signature {
+  uint64_t slots;  // and in the lowest bit whether it fits
+  uint64_t size;
+  auto operator<=>(const Signature&) const = default;
+
   static constexpr int storage_bits = 3;
   static constexpr int slot_bits = storage_bits + 2;  // and a kernel's dtype
-  static constexpr int size_bits = 24;  // more is as good as the largest
-  static constexpr uint64_t max_size = (1 << size_bits) - 1;
+  static constexpr uint64_t max_size = 1 << 24;       // more is as good
 
-  static_assert(max_slots * slot_bits + 1 + size_bits <= 64);
+  static_assert(max_slots * slot_bits + 1 <= 64);
 
   // slot(k) is the tensor's array in that slot, storage(k) how it is held.
   template <typename F, typename G>
-  static uint64_t of(F slot, G storage, const RuleTraits& rule) {
+  static Signature of(F slot, G storage, const RuleTraits& rule) {
     const auto& shape = slot(0).shape();
     bool fits = !rule.is_factored() || (rule.means == 2) == (shape.size() > 1);
     uint64_t bits = 0;
@@ -104,14 +121,13 @@ struct Signature {
               : a.dtype() == mx::bfloat16 ? 2
                                           : 0);
     }
-    return (bits << 1 | uint64_t{fits}) << size_bits |
-           std::min<uint64_t>(slot(0).size(), max_size);
+    return {bits << 1 | uint64_t{fits},
+            std::min<uint64_t>(slot(0).size(), max_size)};
   }
-  static uint64_t size(uint64_t bits) { return bits & max_size; }
-  static bool fits(uint64_t bits) { return bits >> size_bits & 1; }
-  static Format format(uint64_t bits, size_t slot, const RuleTraits& rule) {
+  bool fits() const { return slots & 1; }
+  Format format(size_t slot, const RuleTraits& rule) const {
     const auto of_slot =
-        bits >> (size_bits + 1 + slot_bits * (rule.slots.size() - 1 - slot));
+        slots >> (1 + slot_bits * (rule.slots.size() - 1 - slot));
     const auto dtype = of_slot & 3;
     return {static_cast<Storage>(of_slot >> 2 & 7),
             dtype == 1   ? mx::float16
@@ -139,7 +155,7 @@ struct PlanKey {
   mx::Device::DeviceType device;
   bool is_metal;
   std::array<bool, scalar_count> has;  // of the request
-  std::vector<uint64_t> tensors;
+  std::vector<Signature> tensors;
   auto operator<=>(const PlanKey&) const = default;
 };
 
@@ -163,12 +179,12 @@ Plan make_plan(const PlanKey& key, mx::Stream stream) {
   };
   std::vector<Open> open;
   for (size_t i = key.tensors.size(); i-- > 0;) {
-    const auto bits = key.tensors[i];
+    const auto& tensor = key.tensors[i];
     std::vector<mx::Dtype> given;
     Formats formats;
     bool is_plain = true;
     for (size_t k = 0; k < slots; ++k) {
-      formats.push_back(Signature::format(bits, k, rule));
+      formats.push_back(tensor.format(k, rule));
       given.push_back(formats.back().dtype);
       is_plain = is_plain && formats.back().storage == Storage::plain;
     }
@@ -176,9 +192,9 @@ Plan make_plan(const PlanKey& key, mx::Stream stream) {
     for (size_t k = 0; k < slots && widens; ++k) {
       formats[k].dtype = promoted(rule, given, k);
     }
-    if (!key.may_fuse || !Signature::fits(bits) ||
+    if (!key.may_fuse || !tensor.fits() ||
         (key.is_metal &&
-         !(can_hold(formats) && is_trusted(rule, formats, stream)))) {
+         !(can_hold(rule, formats) && is_trusted(rule, formats, stream)))) {
       plan.groups.push_back({false, std::move(formats), {i}});
       continue;
     }
@@ -190,7 +206,7 @@ Plan make_plan(const PlanKey& key, mx::Stream stream) {
     }
     auto& [group, elements] = *found;
     group.indices.push_back(i);
-    elements += Signature::size(bits);
+    elements += tensor.size;
     if (elements >= full ||
         group.indices.size() == max_group_size(rule, group.formats)) {
       plan.groups.push_back(std::move(group));
@@ -275,6 +291,9 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
     if (!has[kind] && !(kind == step && scalars.values[seed])) {
       continue;
     }
+    if (kind == learning_rate && rule.program) {
+      continue;  // its scalars are stacked for each group
+    }
     const bool is_broadcast = kind == learning_rate && value &&
                               value->ndim() > 0 && !scalars.per_tensor;
     may_fuse = may_fuse && !is_broadcast;
@@ -310,9 +329,11 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
 
   const auto sets = std::make_shared<const Sets>(std::move(request.sets));
   Arrays previous = request.after;
+  std::map<std::vector<uint32_t>, mx::array> stacks;
   for (const auto& group : plan->groups) {
     const auto& layout = *group.layout;
     GroupUpdate update{group.layout, sets, {}, scalars.per_tensor};
+    std::vector<uint32_t> chosen;  // rows of a program's scalars
     const auto array_of = [&](size_t i, const Part& part) -> mx::array& {
       auto& from = part.is_companion ? tensors.companions : tensors.slots;
       return from[part.slot][i];
@@ -320,10 +341,18 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
     Arrays inputs;
     inputs.reserve(group.indices.size() * layout.parts.size() + scalar_count);
     for (const size_t i : group.indices) {
-      const auto place = static_cast<uint32_t>(i);
-      update.entries.push_back(
-          {request.set_of[i], place,
-           request.numbers.empty() ? Numbers{place} : request.numbers[i]});
+      auto place = static_cast<uint32_t>(i);
+      const auto number =
+          request.numbers.empty() ? Numbers{place} : request.numbers[i];
+      if (!request.rows.empty()) {
+        const auto row = request.row_of[i];
+        const auto found = std::find(chosen.begin(), chosen.end(), row);
+        place = static_cast<uint32_t>(found - chosen.begin());
+        if (found == chosen.end()) {
+          chosen.push_back(row);
+        }
+      }
+      update.entries.push_back({request.set_of[i], place, number});
       for (const auto& part : layout.parts) {
         inputs.push_back(array_of(i, part));
         auto& input = inputs.back();
@@ -341,7 +370,14 @@ void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s) {
       }
     }
     for (int kind = 0; kind < scalar_count; ++kind) {
-      if (layout.has[kind]) {
+      if (layout.has[kind] && kind == learning_rate && rule.program) {
+        auto found = stacks.find(chosen);
+        if (found == stacks.end()) {
+          found =
+              stacks.emplace(chosen, stacked(request.rows, chosen, s)).first;
+        }
+        inputs.push_back(found->second);
+      } else if (layout.has[kind]) {
         inputs.push_back(*(group.is_fused ? values[kind] : plain_values[kind]));
       }
     }

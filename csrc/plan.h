@@ -39,6 +39,9 @@ struct Request {
   Arrays after = {};         // computed before the update
   // Per tensor, if they are not all whole tensors of the step.
   std::vector<Numbers> numbers = {};
+  // Of a program, the scalars that it reads, by rows; and each tensor's row.
+  std::vector<Arrays> rows = {};
+  std::vector<uint32_t> row_of = {};
 };
 
 // One optimizer step: replaces the arrays that the rule writes. Kernels do it

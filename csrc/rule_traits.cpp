@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "program.h"
 #include "rules.h"
 
 namespace mlx_fused {
@@ -140,6 +141,9 @@ const RuleTraits* with_average(const RuleTraits& rule) {
 }
 
 const RuleTraits& rule_named(const std::string& name) {
+  if (const auto* program = program_named(name)) {
+    return *program;
+  }
   std::vector<std::string> known;
   for (const auto& rule : all_rules()) {
     if (rule.name == name) {

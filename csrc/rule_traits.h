@@ -2,6 +2,7 @@
 // metal/update_rules.h.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <variant>
@@ -10,6 +11,8 @@
 #include "mlx/array.h"
 
 namespace mlx_fused {
+
+struct Program;
 
 // A slot is one logical array per tensor: its parameter, one of its states or
 // its gradient. Slots stand in this order everywhere.
@@ -21,6 +24,7 @@ struct Slot {
   bool is_never_negative = false;
   // A state that is an average of the parameter; it has a dtype of its own.
   bool is_average = false;
+  bool is_read = true;  // otherwise its input has a shape and a dtype alone
 };
 
 struct RuleTraits {
@@ -39,6 +43,9 @@ struct RuleTraits {
   // Of a rule that is another with an average of the weights behind its states,
   // the other's name. Its first hyper-parameter is the average's.
   std::string averaged = {};
+  // Of a rule that was read from somebody's apply_single (program.h). Its
+  // learning rate is all of its scalars.
+  std::shared_ptr<const Program> program = nullptr;
 
   bool averages() const { return !averaged.empty(); }
   // The name of the struct in metal/update_rules.h.
@@ -52,7 +59,8 @@ struct RuleTraits {
 
 const std::vector<RuleTraits>& all_rules();
 
-// The rule of that name; throws std::invalid_argument with the known ones.
+// The rule of that name, or the program; throws std::invalid_argument with the
+// known ones.
 const RuleTraits& rule_named(const std::string& name);
 
 // The rule that also keeps an average of the weights, if it can.

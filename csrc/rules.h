@@ -85,10 +85,10 @@ inline float half_of(float x) { return from_float16(to_float16(x)); }
 constexpr int rule_count = __COUNTER__ - before_rules - 1;
 
 // Slots of the rule that has the most: parameter, states, an average of the
-// parameter, and gradient.
+// parameter, and gradient. Programs (program.h) have no more than this either.
 constexpr int max_slots =
     []<int... index>(std::integer_sequence<int, index...>) {
-      int most = 0;
+      int most = 9;
       ((most = most < RegisteredRule<index>::template Type<float>::states
                    ? RegisteredRule<index>::template Type<float>::states
                    : most),

@@ -20,6 +20,7 @@ using namespace metal;
 #include "rule_language.h"
 #include "update_rules.h"
 #include "formats.h"
+#include "operations.h"
 #include "held.h"
 
 // A rule, and behind its states an average of the weights.

@@ -16,5 +16,6 @@
 
 #define STATES(...) static constexpr constant int states = COUNT(__VA_ARGS__)
 
-// Rounded to float16.
+// Rounded to float16, and to bfloat16.
 METAL_FUNC float half_of(float x) { return float(half(x)); }
+METAL_FUNC float bfloat_of(float x) { return float(bfloat(x)); }

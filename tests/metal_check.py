@@ -16,7 +16,7 @@ import mlx.core as mx
 from cross_compile.cross_compile import CrossCompileError, cross_compile
 from metal_simulator.extension import extension
 from mlx_fused_optimizers._kernels import using
-from mlx_fused_optimizers.selfcheck import held_kernels
+from mlx_fused_optimizers.selfcheck import every_rule, held_kernels
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,9 @@ def run_every_kernel() -> tuple[set[str], list[str]]:
     failures = []
     arrays = [mx.zeros((1,), dtype) for dtype in DTYPES]
     mixtures = list(itertools.product(arrays, repeat=3))
-    for rule in tqdm(kernels.rule_names(), unit="rule", disable=None):
+    with using(kernels):
+        rules = [*every_rule().values()]
+    for rule in tqdm(rules, unit="rule", disable=None):
         for mixture in mixtures:
             if failure := kernels.check_update(rule, *mixture):
                 dtypes = ", ".join(str(x.dtype) for x in mixture)

@@ -140,8 +140,8 @@ def test_table_and_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(extension() is None, reason="the simulator is not built")
 def test_no_kernel_of_ours_spills(tmp_path: Path) -> None:
-    """Of the most used rule, held in each way, that of most states, and Adafactor."""
-    rules = ["--rules", "AdamBiasCorrected", "AdafactorMatrix", "Adan"]
+    """Of the most used rule, held in each way, those of most states, and Adafactor."""
+    rules = ["--rules", "AdamBiasCorrected", "AdafactorMatrix", "Adan", "fuse"]
     command = [sys.executable, "-m", "bench.metal_instructions", *rules]
     done = subprocess.run(
         [*command, "--output", str(tmp_path)],
@@ -155,5 +155,6 @@ def test_no_kernel_of_ours_spills(tmp_path: Path) -> None:
     names = [row[0] for row in rows]
     assert any("24bitbfloat_int8" in name and "staged" in name for name in names)
     assert any("factored_write" in name for name in names)
+    assert any("Program" in name and "int8" in name for name in names)
     # Scratch memory and spills.
     assert {tuple(row[-2:]) for row in rows} == {("0", "0 |")}

@@ -27,7 +27,7 @@ def test_table_and_json() -> None:
     results = json.loads(report.stdout)["results"]
     kernels = {result["kernel"] for result in results}
     averaged = {name for name in kernels if name.endswith("Averaged")}
-    assert kernels - averaged == {*_ext.rule_names(), "sums", "counts"}
+    assert kernels - averaged == {*_ext.rule_names(), "fuse", "sums", "counts"}
     assert {"AdamAveraged", "SGDAveraged"} <= averaged
     assert "MuonMomentAveraged" not in averaged
     assert all(result["failure"] is None for result in results)

@@ -19,6 +19,7 @@
 #include "graph/sums_of_squares.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/device.h"
+#include "program.h"
 #include "strides.h"
 
 namespace mlx_fused {
@@ -255,6 +256,7 @@ struct UpdateTask {
   bool is_written(size_t slot) const {
     return layout->rule->slots[slot].is_written;
   }
+  bool is_read(size_t slot) const { return layout->rule->slots[slot].is_read; }
   const View& gradient(const Tensor& tensor) const {
     return tensor.sources[layout->parts.size() - 1];
   }
@@ -345,15 +347,22 @@ struct UpdateTask {
     for (size_t k = 0; k < slots() && direct; ++k) {
       const auto& source = tensor.sources[k];
       direct = direct && source.dtype == dtype &&
-               (source.row_contiguous() || (is_turned && k + 1 == slots()));
+               (source.row_contiguous() || !is_read(k) ||
+                (is_turned && k + 1 == slots()));
     }
-    return direct;
+    // A program's loop has no halves: its blocks are float32 all the same.
+    return direct &&
+           !(layout->rule->program && dtype != mx::Dtype::Val::float32);
   }
 
   void keep(const Tensor& tensor, size_t start, size_t n) const {
     for (size_t k = 0; k < layout->parts.size(); ++k) {
       const auto& part = layout->parts[k];
-      if (part.is_written && tensor.sources[k].data != tensor.targets[k].data) {
+      if (!part.is_read) {
+        const auto& target = tensor.targets[k];
+        std::memset(target.at(start), 0, n * target.itemsize);
+      } else if (part.is_written &&
+                 tensor.sources[k].data != tensor.targets[k].data) {
         const size_t each = elements_per_item(part);
         const size_t first = start / each;
         gather(tensor.sources[k], first, divided_up(n, each),
@@ -375,6 +384,19 @@ struct UpdateTask {
   template <typename T>
   void run(cpu::Update<T> loop, const Tensor& tensor, cpu::Block<T> block,
            size_t n) const {
+    if (const auto* program = layout->rule->program.get()) {
+      if constexpr (std::is_same_v<T, float>) {
+        cpu::loops().run_program(
+            {program->code.data(), program->code.size()},
+            numbers[tensor.entry.hyperparameters].data(),
+            learning_rate.values
+                ? learning_rate.values +
+                      learning_rate.stride * tensor.entry.scalar
+                : nullptr,
+            gradient_scale.of(tensor, 1), block, static_cast<int>(slots()), n);
+      }
+      return;
+    }
     const float* own = numbers[tensor.entry.hyperparameters].data();
     const auto update = [&](const cpu::Block<T>& part, size_t size) {
       loop(layout->rule->index, own, learning_rate.of(tensor, 0),
@@ -409,7 +431,9 @@ struct UpdateTask {
                      size_t n, const char* turned) const {
     cpu::Block<T> block;
     for (size_t k = 0; k < slots(); ++k) {
-      block.in[k] = reinterpret_cast<const T*>(tensor.sources[k].at(start));
+      if (is_read(k)) {
+        block.in[k] = reinterpret_cast<const T*>(tensor.sources[k].at(start));
+      }
       if (is_written(k)) {
         block.out[k] = reinterpret_cast<T*>(tensor.targets[k].at(start));
       }
@@ -430,8 +454,10 @@ struct UpdateTask {
       const View* source = &tensor.sources[part];
       const View* target = &tensor.targets[part];
       part += format.has_companion() ? 2 : 1;
-      block.in[k] = buffers[k];
-      if (format.has_companion()) {
+      block.in[k] = is_read(k) ? buffers[k] : nullptr;
+      if (!is_read(k)) {
+        // Nothing to load.
+      } else if (format.has_companion()) {
         alignas(64) char gathered[2][cpu::block_size * sizeof(float)];
         const auto from = pair_of(k, source, start, n, gathered);
         (format.has_codes()

@@ -19,6 +19,7 @@
 #endif
 
 #include "cpu/factored_loops.h"
+#include "cpu/program_loops.h"
 
 namespace mlx_fused::cpu {
 
@@ -712,6 +713,7 @@ const Loops MLX_FUSED_LOOPS = {MLX_FUSED_INSTRUCTION_SET,
                                update<Float16>,
                                update<BFloat16Alone>,
                                average,
+                               run_program,
                                add_squares,
                                add_nonzero,
                                sum_squares,

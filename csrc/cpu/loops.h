@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/program_code.h"
 #include "rules.h"
 
 namespace mlx_fused::cpu {
@@ -77,6 +78,10 @@ struct Loops {
   // The next value of an average, by the numbers of its hyper-parameter.
   void (*average)(const float* numbers, const float* x, const float* in,
                   float* out, size_t n);
+  // The same by a program, whose scalars these are.
+  void (*run_program)(const ProgramCode& code, const float* numbers,
+                      const float* scalars, float gradient_scale,
+                      const Block<float>& block, int slots, size_t n);
   // Adds the squares of n values times scale to the lanes: in double precision,
   // so that the norm of some pieces is that of others, to the last bit.
   void (*add_squares)(const float* x, size_t n, float scale, double* lanes);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include "graph/formats.h"
 #include "mlx/ops.h"
 #include "mlx/utils.h"
+#include "program.h"
 #include "rules.h"
 // Rules find the functions of nodes by their namespace, which lies around that
 // of the rules.
@@ -41,6 +43,134 @@ const auto apply_table =
     []<int... index>(std::integer_sequence<int, index...>) {
       return std::array<Apply, rule_count>{apply<index>...};
     }(std::make_integer_sequence<int, rule_count>());
+
+// An operation of a program on nodes of float32; a truth value is 1 or 0.
+mx::array apply_operation(Operation operation, const Arrays& x) {
+  const auto truth = [](const mx::array& a) {
+    return mx::not_equal(a, mx::array(0.0f));
+  };
+  const auto number = [](const mx::array& a) {
+    return mx::astype(a, mx::float32);
+  };
+  switch (operation) {
+    case Operation::add:
+      return x[0] + x[1];
+    case Operation::subtract:
+      return x[0] - x[1];
+    case Operation::multiply:
+      return x[0] * x[1];
+    case Operation::divide:
+      return x[0] / x[1];
+    case Operation::maximum:
+      return mx::maximum(x[0], x[1]);
+    case Operation::minimum:
+      return mx::minimum(x[0], x[1]);
+    case Operation::power:
+      return mx::power(x[0], x[1]);
+    case Operation::arctan2:
+      return mx::arctan2(x[0], x[1]);
+    case Operation::negative:
+      return mx::negative(x[0]);
+    case Operation::absolute:
+      return mx::abs(x[0]);
+    case Operation::sign:
+      return mx::sign(x[0]);
+    case Operation::square:
+      return mx::square(x[0]);
+    case Operation::square_root:
+      return mx::sqrt(x[0]);
+    case Operation::reciprocal_root:
+      return mx::rsqrt(x[0]);
+    case Operation::exponential:
+      return mx::exp(x[0]);
+    case Operation::exponential_minus_1:
+      return mx::expm1(x[0]);
+    case Operation::logarithm:
+      return mx::log(x[0]);
+    case Operation::logarithm_of_1_plus:
+      return mx::log1p(x[0]);
+    case Operation::hyperbolic_tangent:
+      return mx::tanh(x[0]);
+    case Operation::sigmoid:
+      return mx::sigmoid(x[0]);
+    case Operation::sine:
+      return mx::sin(x[0]);
+    case Operation::cosine:
+      return mx::cos(x[0]);
+    case Operation::arctan:
+      return mx::arctan(x[0]);
+    case Operation::floor:
+      return mx::floor(x[0]);
+    case Operation::ceiling:
+      return mx::ceil(x[0]);
+    case Operation::rounded:
+      return mx::round(x[0]);
+    case Operation::to_float16:
+      return number(mx::astype(x[0], mx::float16));
+    case Operation::to_bfloat16:
+      return number(mx::astype(x[0], mx::bfloat16));
+    case Operation::to_bool:
+      return number(truth(x[0]));
+    case Operation::equal:
+      return number(mx::equal(x[0], x[1]));
+    case Operation::not_equal:
+      return number(mx::not_equal(x[0], x[1]));
+    case Operation::greater:
+      return number(mx::greater(x[0], x[1]));
+    case Operation::greater_equal:
+      return number(mx::greater_equal(x[0], x[1]));
+    case Operation::less:
+      return number(mx::less(x[0], x[1]));
+    case Operation::less_equal:
+      return number(mx::less_equal(x[0], x[1]));
+    case Operation::logical_and:
+      return number(mx::logical_and(truth(x[0]), truth(x[1])));
+    case Operation::logical_or:
+      return number(mx::logical_or(truth(x[0]), truth(x[1])));
+    case Operation::logical_not:
+      return number(mx::logical_not(truth(x[0])));
+    case Operation::select:
+      return mx::where(truth(x[0]), x[1], x[2]);
+  }
+  throw std::logic_error("no such operation");
+}
+
+// Changes the slots of one tensor by a program; rate is all of its scalars.
+void apply_program(const Hyperparameters& hyperparameters, const Node& rate,
+                   const Node&, const Node&, const RuleTraits& traits,
+                   std::vector<Node>& slots) {
+  const auto& program = *traits.program;
+  Arrays numbers, scalars, values;
+  for (const auto& value : hyperparameters) {
+    const auto* given = std::get_if<double>(&value);
+    numbers.push_back(given ? mx::array(static_cast<float>(*given))
+                            : std::get<mx::array>(value));
+  }
+  for (int i = 0; i < program.scalars; ++i) {
+    scalars.push_back(mx::take(mx::reshape(rate.array(), {-1}), i, 0));
+  }
+  const auto value_of = [&](const Operand& operand) {
+    const auto i = operand.index;
+    return operand.kind == Operand::slot     ? slots[i].array()
+           : operand.kind == Operand::result ? values[i]
+           : operand.kind == Operand::number ? numbers[i]
+                                             : scalars[i];
+  };
+  for (const auto& [operation, operands] : program.instructions) {
+    Arrays given;
+    for (int k = 0; k < mlx_fused::traits_of(operation).operands; ++k) {
+      given.push_back(value_of(operands[k]));
+    }
+    values.push_back(apply_operation(operation, given));
+  }
+  std::vector<Node> updated = slots;
+  for (size_t k = 0; k < slots.size(); ++k) {
+    if (const auto& result = program.results[k]) {
+      updated[k] = value_of(*result);
+    }
+  }
+  slots = std::move(updated);
+}
 
 // A tensor's entry of a scalar.
 mx::array entry_of(const mx::array& scalar, uint32_t entry, bool per_tensor) {
@@ -135,8 +265,9 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       if (layout.has[coefficient]) {
         own = mx::astype(scalar(coefficient), scalar_dtype);
       }
-      const Apply apply =
-          rule.is_factored() ? apply_factored : apply_table[rule.index];
+      const Apply apply = rule.is_factored() ? apply_factored
+                          : rule.program     ? apply_program
+                                             : apply_table[rule.index];
       auto values = (*update.sets)[entry.hyperparameters];
       if (rule.averages()) {
         const auto ema = std::visit([](const auto& x) { return number_of(x); },
@@ -154,8 +285,10 @@ Function composed_update(GroupUpdate update, bool keep_dtypes,
       const auto put = [&](mx::array result) {
         const int part = layout.written[outputs.size() % layout.written.size()];
         const auto& before = inputs[layout.input(tensor, part)];
+        const auto kept =
+            layout.parts[part].is_read ? before : mx::zeros_like(before);
         outputs.push_back(layout.has[skip]
-                              ? mx::where(scalar(skip), before, result)
+                              ? mx::where(scalar(skip), kept, result)
                               : std::move(result));
       };
       for (int k = 0; k < layout.slots(); ++k) {

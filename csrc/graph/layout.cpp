@@ -59,12 +59,13 @@ GroupLayout::GroupLayout(const RuleTraits& rule, int tensors,
       if (rule.slots[slot].is_written) {
         written.push_back(static_cast<int>(parts.size()));
       }
-      parts.push_back({slot, is_companion, rule.slots[slot].is_written});
+      parts.push_back({slot, is_companion, rule.slots[slot].is_written,
+                       rule.slots[slot].is_read});
     }
   }
 }
 
-bool can_hold(const Formats& formats) {
+bool can_hold(const RuleTraits& rule, const Formats& formats) {
   const Format* first = nullptr;
   for (const auto& format : formats) {
     if (format.has_codes()) {
@@ -74,7 +75,13 @@ bool can_hold(const Formats& formats) {
       }
     }
   }
-  return true;
+  size_t buffers = 8;  // of the launch
+  for (size_t slot = 0; slot < formats.size(); ++slot) {
+    const bool is_separate =
+        rule.slots[slot].is_written && rule.slots[slot].is_read;
+    buffers += (is_separate ? 2 : 1) * (formats[slot].has_companion() ? 2 : 1);
+  }
+  return buffers <= 31;
 }
 
 size_t max_group_size(const RuleTraits& rule, const Formats& formats) {
@@ -90,7 +97,7 @@ size_t max_group_size(const RuleTraits& rule, const Formats& formats) {
     buffers += (is_separate ? 2 : 1) + format.has_companion();
     shared += format.storage == Storage::stochastic;  // the seed
   }
-  return std::min<size_t>(most, (31 - shared) / buffers);
+  return std::clamp<size_t>((31 - shared) / buffers, 1, most);
 }
 
 }  // namespace mlx_fused

@@ -70,8 +70,9 @@ mx::Dtype promoted(const RuleTraits& rule, const std::vector<mx::Dtype>& slots,
 // the cost of MLX's lists of siblings is quadratic in the outputs.
 size_t max_group_size(const RuleTraits& rule, const Formats& formats);
 
-// Whether a Metal kernel can hold all that is in codes: in blocks of one size.
-bool can_hold(const Formats& formats);
+// Whether a Metal kernel can hold all that is in codes, in blocks of one size,
+// and has buffers for all arrays, old and new.
+bool can_hold(const RuleTraits& rule, const Formats& formats);
 
 // What a step has beside its tensors: arrays, so that they can change under
 // mx.compile. Each is a scalar, or has one entry per tensor.
@@ -104,6 +105,7 @@ struct Part {
   int slot;
   bool is_companion;
   bool is_written;
+  bool is_read = true;  // otherwise there is no input but its shape and dtype
 };
 
 // How the arrays of a group are ordered. Inputs: for each tensor its parts, by

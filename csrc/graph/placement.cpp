@@ -42,11 +42,15 @@ Placement::Placement(const Arrays& inputs, Arrays& outputs,
                      const GroupLayout& layout, std::function<Arrays()> restore,
                      const std::function<void()>& wait)
     : outputs_(outputs), restore_(std::move(restore)) {
-  std::vector<const mx::array*> sources;  // of the outputs
+  std::vector<const mx::array*> sources;  // of the outputs; null if unread
   size_t shared = 0;  // bytes with another owner, perhaps only work under way
   for (int tensor = 0; tensor < layout.tensors; ++tensor) {
     for (const int part : layout.written) {
       const auto& in = inputs[layout.input(tensor, part)];
+      if (!layout.parts[part].is_read) {
+        sources.push_back(nullptr);
+        continue;
+      }
       sources.push_back(&in);
       shared += in.data_shared_ptr().use_count() > 1 ? in.nbytes() : 0;
     }
@@ -67,6 +71,11 @@ Placement::Placement(const Arrays& inputs, Arrays& outputs,
   try {
     for (size_t i = 0; i < outputs.size(); ++i) {
       auto& out = outputs[i];
+      if (!sources[i]) {
+        allocate(out);
+        is_new_ |= uint64_t{1} << i;
+        continue;
+      }
       const auto& in = *sources[i];
       if (can_donate(in, out, layout)) {
         out.copy_shared_buffer(in);
@@ -103,7 +112,7 @@ void Placement::undo() {
 void Placement::commit() {
   is_committed_ = true;
   for (size_t i = 0; i < outputs_.size(); ++i) {
-    copied += in_place(i) ? 0 : outputs_[i].nbytes();
+    copied += in_place(i) || is_new(i) ? 0 : outputs_[i].nbytes();
   }
 }
 

@@ -40,6 +40,9 @@ class Placement {
   // Whether an output has its input's memory.
   bool in_place(int output) const { return in_place_ >> output & 1; }
 
+  // Whether it has no input that it replaces.
+  bool is_new(int output) const { return is_new_ >> output & 1; }
+
   // The work on the outputs is under way: they keep their memory.
   void commit();
 
@@ -50,6 +53,7 @@ class Placement {
   std::function<Arrays()> restore_;
   uint64_t released_ = 0;  // a bit for each output, as in_place_
   uint64_t in_place_ = 0;
+  uint64_t is_new_ = 0;
   bool is_committed_ = false;
 };
 

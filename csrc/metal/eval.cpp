@@ -259,8 +259,17 @@ void FusedUpdate::eval_gpu(const Arrays& inputs, Arrays& outputs) {
       const auto& in = inputs[layout.input(tensor, static_cast<int>(i))];
       const auto role = rule.slots[part.slot].role;
       targets.push_back(part.is_written ? outputs[output] : in);
+      if (!part.is_written && role != Role::gradient &&
+          !in.flags().row_contiguous) {
+        mx::array copied(in.shape(), in.dtype(), nullptr, {});
+        allocate(copied);
+        copy_array(in, copied, stream());
+        encoder.add_temporary(copied);
+        targets.back() = copied;
+      }
       sources.push_back(targets.back());
-      if (!part.is_written || placement.in_place(output++) || in.size() == 0) {
+      if (!part.is_written || placement.in_place(output++) || in.size() == 0 ||
+          !part.is_read) {
         continue;
       }
       if (role == Role::gradient || in.flags().row_contiguous) {

@@ -5,6 +5,7 @@
 
 #include "metal/launch.h"
 #include "metal_sources.h"
+#include "program.h"
 
 namespace mlx_fused {
 
@@ -51,6 +52,86 @@ std::string filled(std::string text, const std::vector<std::string>& values) {
   return text;
 }
 
+// An operand in a rule's text.
+std::string text_of(const Program& program, const Operand& operand) {
+  const auto i = std::to_string(operand.index);
+  switch (operand.kind) {
+    case Operand::slot:
+      return operand.index + 1u == program.results.size() ? "g"
+             : operand.index == 0 && program.has_parameter
+                 ? "p"
+                 : "s[" +
+                       std::to_string(operand.index - program.has_parameter) +
+                       "]";
+    case Operand::result:
+      return "x" + i;
+    case Operand::number:
+      return "numbers_[" + i + "].value";
+    default:
+      return "scalars_[" + i + "]";
+  }
+}
+
+// A program as a rule in the language of metal/update_rules.h.
+std::string rule_text(const RuleTraits& traits) {
+  const auto& program = *traits.program;
+  const auto constant = [](const std::string& type, const std::string& name,
+                           const std::string& value) {
+    return "  static constexpr constant " + type + " " + name + " = " + value +
+           ";\n";
+  };
+  const auto is_written = [&](size_t slot) {
+    return program.results[slot] ? "true" : "false";
+  };
+  const auto states = program.states.size();
+  std::string text =
+      "\ntemplate <typename T>\nstruct " + traits.name + " : RuleDefaults {\n";
+  // The numbers stand first.
+  if (program.numbers > 0) {
+    text += "  Number<T> numbers_[" + std::to_string(program.numbers) + "];\n";
+  }
+  if (program.scalars > 0) {
+    text += "  T scalars_[" + std::to_string(program.scalars) + "];\n";
+  }
+  text += constant("int", "numbers", std::to_string(program.numbers)) +
+          constant("int", "states", std::to_string(states)) +
+          constant("bool", "reads_parameter",
+                   program.has_parameter ? "true" : "false") +
+          constant("bool", "writes_parameter",
+                   program.has_parameter ? is_written(0) : "false") +
+          constant("bool", "writes_gradient",
+                   is_written(program.results.size() - 1)) +
+          "\n  void prepare(constant float* values) thread {\n";
+  for (int i = 0; i < program.scalars; ++i) {
+    const auto number = std::to_string(i);
+    text += "    scalars_[" + number + "] = values[" + number + "];\n";
+  }
+  text +=
+      "  }\n\n"
+      "  void update(thread T& g, thread T& p, thread T* s) const thread {\n";
+  for (size_t i = 0; i < program.instructions.size(); ++i) {
+    const auto& [operation, operands] = program.instructions[i];
+    const auto& [name, primitive, count, is_truth] = traits_of(operation);
+    text += "    const T x" + std::to_string(i) + " = op_" + name + "(";
+    for (int k = 0; k < count; ++k) {
+      text += (k > 0 ? ", " : "") + text_of(program, operands[k]);
+    }
+    text += ");\n";
+  }
+  // All that is read before anything is written.
+  std::string writes;
+  for (size_t slot = 0; slot < program.results.size(); ++slot) {
+    if (const auto& result = program.results[slot]) {
+      const auto name = "y" + std::to_string(slot);
+      text += "    const T " + name + " = " + text_of(program, *result) + ";\n";
+      writes += "    " +
+                text_of(program, {Operand::slot, static_cast<uint16_t>(slot)}) +
+                " = " + name + ";\n";
+    }
+  }
+  return text + writes + "  }\n};\n";
+}
+
 }  // namespace
 
 std::string metal_type(mx::Dtype dtype) {
@@ -65,7 +146,7 @@ std::string metal_type(mx::Dtype dtype) {
 bool UpdateKernel::is_separate(const Part& part) const {
   const auto role = layout.rule->slots[part.slot].role;
   const bool is_state = role == Role::state || part.is_companion;
-  return part.is_written && (!is_state || separate_states);
+  return part.is_written && part.is_read && (!is_state || separate_states);
 }
 
 BlockSize UpdateKernel::block_size() const {
@@ -118,10 +199,14 @@ std::string UpdateKernel::source() const {
     const auto& format = layout.format(part);
     const auto type = type_of(format, part);
     const auto name = name_of(rule, part);
-    fields += "  const device " + type + "* " + name + ";\n";
+    if (part.is_read) {
+      fields += "  const device " + type + "* " + name + ";\n";
+    }
     if (part.is_written) {
       fields += "  device " + type + "* new_" + name + ";\n";
-      in_place += " && " + name + " == new_" + name;
+      // Without an input there are zeros to write.
+      in_place +=
+          part.is_read ? " && " + name + " == new_" + name : " && false";
     }
     const bool is_state = rule.slots[part.slot].role == Role::state;
     if (part.is_companion || (!is_state && name != "parameter")) {
@@ -186,7 +271,9 @@ std::string UpdateKernel::source() const {
       }
       continue;
     }
-    loads += filled("    load_vector($1, at, $2);\n", words);
+    loads += filled(part.is_read ? "    load_vector($1, at, $2);\n"
+                                 : "    FOR_EACH_OF_VECTOR { $2[i] = 0.0f; }\n",
+                    words);
     if (part.is_written) {
       if (format.storage == Storage::stochastic) {
         stores += filled(
@@ -209,9 +296,11 @@ std::string UpdateKernel::source() const {
       const auto type = "device " + type_of(layout.format(part), part) + "*";
       const bool reads_alone = !part.is_written || is_separate(part);
       const auto argument = name + "_" + number;
-      choice += "    slots." + name + " = " + argument + ";\n";
       buffers +=
           buffer(reads_alone ? "const " + type : type, argument, index++);
+      if (part.is_read) {
+        choice += "    slots." + name + " = " + argument + ";\n";
+      }
       if (part.is_written) {
         choice += "    slots.new_" + name + " = " +
                   (reads_alone ? "new_" : "") + argument + ";\n";
@@ -237,10 +326,16 @@ std::string UpdateKernel::source() const {
            "]";
   };
   const auto prepare =
-      "  rule.prepare(" +
-      (rule.reads_learning_rate ? value(learning_rate) : "0") + ", float(" +
-      (rule.reads_step ? value(step) : "0") + ")" +
-      (rule.reads_coefficient ? ", " + value(coefficient) : "") + ");\n";
+      rule.program
+          ? "  rule.prepare(" +
+                (rule.reads_learning_rate ? "&" + value(learning_rate)
+                                          : std::string("numbers")) +
+                ");\n"
+          : "  rule.prepare(" +
+                (rule.reads_learning_rate ? value(learning_rate) : "0") +
+                ", float(" + (rule.reads_step ? value(step) : "0") + ")" +
+                (rule.reads_coefficient ? ", " + value(coefficient) : "") +
+                ");\n";
   const auto key = layout.has[seed]
                        ? "  slots.key = random_key<uint>(" + value(seed) +
                              ", uint(" + value(step) +
@@ -258,7 +353,9 @@ std::string UpdateKernel::source() const {
                              "thread float (*s)[vector_size]) const thread {\n";
   // A tile's scales, and as many new ones.
   const auto pitch = std::max(tile_size, rows * columns) / scales_block;
-  return fused_update_source + "\nstruct Slots {\n" + fields +
+  return fused_update_source +
+         (rule.program ? rule_text(rule) : std::string()) +
+         "\nstruct Slots {\n" + fields +
          "  static constexpr constant int coded = " + std::to_string(coded) +
          ";\n  static constexpr constant int block_size = " +
          std::to_string(scales_block) +

@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -10,6 +11,8 @@
 #include "cpu/parallel.h"
 #include "graph/formats.h"
 #include "graph/placement.h"
+#include "graph/trace.h"
+#include "program.h"
 #include "python/trees.h"
 
 namespace nb = nanobind;
@@ -152,20 +155,21 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
         using mlx_fused::Role;
         const auto& rule = mlx_fused::rule_named(name);
         mlx_fused::Formats formats;
-        for (const auto& [role, is_written, is_never_negative, is_average] :
-             rule.slots) {
-          if (is_average) {
+        for (const auto& slot : rule.slots) {
+          if (slot.is_average) {
             formats.emplace_back();
             continue;
           }
+          const auto role = slot.role;
+          const bool is_held = role == Role::state && slot.is_read;
           const auto& held = role == Role::parameter ? parameter_storage
-                             : role == Role::state   ? state_storage
+                             : is_held               ? state_storage
                                                      : "plain";
           const auto& like = role == Role::parameter  ? parameter
                              : role == Role::gradient ? gradient
                                                       : state;
           formats.push_back({mlx_fused::storage_named(held), like.dtype(),
-                             is_never_negative});
+                             slot.is_never_negative});
         }
         return mlx_fused::check_update(
             rule, formats,
@@ -255,6 +259,59 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       "count"_a,
       "The value of a uint32 if it is computed already, or None: waits for "
       "nothing.");
+  using mlx_fused::Recorded;
+  using Named = std::vector<std::pair<std::string, mlx::core::array>>;
+  m.def(
+      "stand_in",
+      [](const std::vector<int>& shape, mlx::core::Dtype dtype) {
+        return mlx_fused::stand_in({shape.begin(), shape.end()}, dtype);
+      },
+      "shape"_a, "dtype"_a,
+      "An array without values, to record what a function does with it.");
+  nb::class_<Recorded>(m, "Trace",
+                       "What apply_single did with stand-ins, as programs.")
+      .def(
+          "__init__",
+          [](Recorded* trace, const mlx::core::array& parameter,
+             const mlx::core::array& gradient, const Named& states,
+             const mlx::core::array& new_parameter, const Named& new_states,
+             const mlx_fused::Arrays& device_scalars,
+             const std::vector<std::string>& kept,
+             const std::vector<std::string>& non_negative) {
+            new (trace) Recorded({parameter,
+                                  gradient,
+                                  states,
+                                  new_parameter,
+                                  new_states,
+                                  device_scalars,
+                                  {kept.begin(), kept.end()},
+                                  {non_negative.begin(), non_negative.end()}});
+          },
+          "parameter"_a, "gradient"_a, "states"_a, "new_parameter"_a,
+          "new_states"_a, "device_scalars"_a, "kept"_a, "non_negative"_a)
+      .def("find_non_negative", &Recorded::find_non_negative)
+      .def_prop_ro("rules",
+                   [](const Recorded& trace) {
+                     std::vector<std::string> names;
+                     for (const auto& stage : trace.stages()) {
+                       names.push_back(stage.rule->name);
+                     }
+                     return names;
+                   })
+      .def_prop_ro("elements",
+                   [](const Recorded& trace) {
+                     return trace.recording().parameter.size();
+                   })
+      .def_prop_ro("left_to_mlx", &Recorded::left_to_mlx)
+      .def_prop_ro("keeps_parameter_in_slot", [](const Recorded& trace) {
+        return !trace.parameter_node();
+      });
+  m.def(
+      "program_text",
+      [](const std::string& name) {
+        return mlx_fused::text_of(*mlx_fused::rule_named(name).program);
+      },
+      "rule"_a, "A program's operations, for people.");
   using mlx_fused::Leaves;
   nb::class_<Leaves>(m, "Leaves",
                      "The leaves of a step's trees, collected in one walk.")
@@ -318,6 +375,28 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
           "indices"_a = nb::none(), "after"_a = mlx_fused::Arrays{},
           "numbers"_a = Numbers{},
           "Updates leaves by a rule; False if something is no array.")
+      .def(
+          "run",
+          [](Leaves& leaves,
+             const std::vector<std::shared_ptr<mlx_fused::Recorded>>& traces,
+             const std::vector<size_t>& indices,
+             const std::vector<uint32_t>& trace_of, const MaybeArray& step,
+             const MaybeArray& gradient_scale, const MaybeArray& skip,
+             const MaybeArray& seed,
+             const std::optional<mlx::core::Dtype>& state_dtype,
+             const mlx_fused::Arrays& after) {
+            leaves.run(traces, indices, trace_of,
+                       {{std::nullopt, step, gradient_scale, skip, std::nullopt,
+                         seed}},
+                       state_dtype, after);
+            warn_of_failures();
+          },
+          "traces"_a, "indices"_a, "trace_of"_a, nb::kw_only(),
+          "step"_a = nb::none(), "gradient_scale"_a = nb::none(),
+          "skip"_a = nb::none(), "seed"_a = nb::none(),
+          "state_dtype"_a = nb::none(), "after"_a = mlx_fused::Arrays{},
+          "Updates leaves by what apply_single did with stand-ins; trace_of is "
+          "of each of these leaves.")
       .def("set_gradient", &Leaves::set_gradient, "index"_a, "value"_a)
       .def("set_parameter", &Leaves::set_parameter, "index"_a, "value"_a)
       .def("set_state", &Leaves::set_state, "index"_a, "key"_a, "value"_a)

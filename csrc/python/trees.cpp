@@ -1,11 +1,13 @@
 #include "python/trees.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
 
+#include "graph/formats.h"
 #include "mlx/ops.h"
 #include "mlx/utils.h"
 
@@ -223,9 +225,16 @@ nb::object Leaves::dtypes() const {
   return result;
 }
 
+namespace {
+
+bool is_extra(const std::string& state) { return state[0] == '#'; }
+
+}  // namespace
+
 bool Leaves::update(Request request,
                     const std::optional<mx::Dtype>& state_dtype,
-                    const std::optional<std::vector<size_t>>& indices) {
+                    const std::optional<std::vector<size_t>>& indices,
+                    Extras* extras) {
   std::vector<size_t> chosen(indices ? indices->size() : size());
   if (indices) {
     chosen = *indices;
@@ -303,6 +312,10 @@ bool Leaves::update(Request request,
     scales.emplace_back((name + "_scales").c_str());
     const size_t slot = k + reads_parameter;
     auto& state = tensors.slots[slot];
+    if (extras && is_extra(name)) {
+      state = extras->given[std::stoul(name.substr(1))];
+      continue;
+    }
     for (size_t j = 0; j < chosen.size(); ++j) {
       const size_t i = chosen[j];
       const auto shapes_fit = [&](const mx::Shape& found) {
@@ -367,7 +380,10 @@ bool Leaves::update(Request request,
       companions.resize(chosen.size(), gradients[0]);
     }
   }
-  request.keep_dtypes = keep_dtypes || state_dtype.has_value();
+  if (extras && !extras->has_gradient) {
+    gradients = extras->given.back();
+  }
+  request.keep_dtypes = keep_dtypes || state_dtype.has_value() || extras;
   const auto numbers = std::exchange(request.numbers, {});
   if (!numbers.empty() && numbers.size() != gradients_.size()) {
     throw std::invalid_argument("numbers: expected a pair for each leaf");
@@ -379,6 +395,9 @@ bool Leaves::update(Request request,
     }
   }
   fused_update(tensors, std::move(request));
+  if (extras) {
+    extras->slots = tensors.slots;
+  }
   changes_.reserve(changes_.size() + chosen.size() * keys.size());
   const auto storage = [&](size_t j, size_t slot) {
     return tensors.storage.empty() ? Storage::plain
@@ -393,11 +412,15 @@ bool Leaves::update(Request request,
             {i, nb::str("error"), std::move(tensors.companions[0][j])});
       }
     }
-    if (rule.slots.back().is_written) {
+    if (rule.slots.back().is_written && !extras) {
       gradients_[i] = nb::cast(std::move(gradients[j]));
     }
     for (size_t k = 0; k < keys.size(); ++k) {
       const size_t slot = k + reads_parameter;
+      if (!rule.slots[slot].is_written ||
+          (extras && is_extra(rule.states[k]))) {
+        continue;
+      }
       const Format format{storage(j, slot)};
       const auto& key = format.storage == Storage::codes8   ? codes8[k]
                         : format.storage == Storage::codes4 ? codes4[k]
@@ -410,6 +433,217 @@ bool Leaves::update(Request request,
     }
   }
   return true;
+}
+
+void Leaves::set_leaf(Values& values, const Trace& trace, size_t index,
+                      const std::optional<mx::array>& scale) const {
+  const auto& recording = trace.recording();
+  const auto& state = states_[index];
+  auto parameter = array_of(parameters_[index]);
+  auto gradient = array_of(gradients_[index]);
+  if (scale) {
+    gradient = mx::astype(gradient * *scale, gradient.dtype());
+  }
+  if (const auto error = entry(state, nb::str("error"));
+      error && is_array(error) &&
+      (array_of(error).dtype() == mx::int8 ||
+       array_of(error).dtype() == mx::int16)) {
+    parameter = join(parameter, array_of(error));
+  }
+  const auto set = [&](const mx::array& node, const mx::array& value) {
+    values.set(node, value.dtype() == node.dtype()
+                         ? value
+                         : mx::astype(value, node.dtype()));
+  };
+  for (const auto& [name, node] : recording.states) {
+    if (const auto plain = entry(state, nb::str(name.c_str())); plain) {
+      set(node, array_of(plain));
+      continue;
+    }
+    for (const auto storage : {Storage::codes8, Storage::codes4}) {
+      const auto key = name + "_" + name_of(storage);
+      const auto codes = entry(state, nb::str(key.c_str()));
+      if (codes) {
+        const auto scales = entry(state, nb::str((name + "_scales").c_str()));
+        const Format format{storage, mx::float32,
+                            recording.non_negative.contains(name)};
+        set(node,
+            decode(format, array_of(codes), array_of(scales), node.shape()));
+      }
+    }
+  }
+  set(recording.parameter, parameter);
+  set(recording.gradient, gradient);
+}
+
+void Leaves::run(const std::vector<std::shared_ptr<Recorded>>& traces,
+                 const std::vector<size_t>& indices,
+                 const std::vector<uint32_t>& trace_of, const Scalars& scalars,
+                 const std::optional<mx::Dtype>& state_dtype,
+                 const Arrays& after) {
+  if (indices.size() != trace_of.size()) {
+    throw std::invalid_argument("[run] expected a trace for each leaf");
+  }
+  // Leaves whose stages have the same programs go together.
+  std::map<std::vector<const RuleTraits*>, std::vector<size_t>> groups;
+  for (size_t j = 0; j < indices.size(); ++j) {
+    std::vector<const RuleTraits*> rules;
+    for (const auto& stage : traces.at(trace_of[j])->stages()) {
+      rules.push_back(stage.rule);
+    }
+    groups[rules].push_back(j);
+  }
+  Arrays previous = after;
+  for (const auto& [rules, members] : groups) {
+    // Between stages there are arrays of a parameter's size: not of all at a
+    // time.
+    const bool is_simple = rules.size() == 1;
+    constexpr size_t full = 1 << 20, most = 24;
+    for (size_t begin = 0; begin < members.size();) {
+      size_t end = begin, elements = 0;
+      while (end < members.size() &&
+             (is_simple || (elements < full && end - begin < most))) {
+        elements += array_of(parameters_[indices[members[end++]]]).size();
+      }
+      run_some(traces, {members.begin() + begin, members.begin() + end},
+               indices, trace_of, scalars, state_dtype, previous);
+      begin = end;
+    }
+  }
+}
+
+void Leaves::run_some(const std::vector<std::shared_ptr<Recorded>>& traces,
+                      const std::vector<size_t>& members,
+                      const std::vector<size_t>& indices,
+                      const std::vector<uint32_t>& trace_of,
+                      const Scalars& scalars,
+                      const std::optional<mx::Dtype>& state_dtype,
+                      Arrays& previous) {
+  const auto trace = [&](size_t j) -> const Trace& {
+    return *traces[trace_of[j]];
+  };
+  std::vector<size_t> chosen;
+  std::vector<Values> values;
+  values.reserve(members.size());
+  for (const size_t j : members) {
+    chosen.push_back(indices[j]);
+    values.emplace_back(trace(j));
+    if (trace(j).needs_values()) {
+      set_leaf(values.back(), trace(j), indices[j],
+               scalars.values[gradient_scale]);
+    }
+  }
+  // The sums of squares that a stage's vectors, or before all stages what the
+  // leaves have, are asked for.
+  const auto set_sums = [&](int stage) {
+    Arrays squared;
+    for (size_t j = 0; j < members.size(); ++j) {
+      for (const auto& sum : trace(members[j]).sums()) {
+        if (sum.stage == stage) {
+          squared.push_back(values[j].of(sum.of));
+        }
+      }
+    }
+    if (squared.empty()) {
+      return;
+    }
+    const auto sums = mx::split(sums_of_squares(squared, mx::array(1.0f)).sums,
+                                static_cast<int>(squared.size()));
+    size_t next = 0;
+    for (size_t j = 0; j < members.size(); ++j) {
+      for (const auto& sum : trace(members[j]).sums()) {
+        if (sum.stage == stage) {
+          values[j].set(sum.node, mx::reshape(sums[next++], sum.node.shape()));
+        }
+      }
+    }
+  };
+  set_sums(-1);
+  const size_t stages = trace(members[0]).stages().size();
+  for (size_t number = 0; number < stages; ++number) {
+    const auto stage_of = [&](size_t j) -> const Trace::Stage& {
+      return trace(members[j]).stages()[number];
+    };
+    const auto& first = stage_of(0);
+    Request request{*first.rule, {}};
+    request.scalars = scalars;
+    request.scalars.per_tensor = true;  // a program's have rows
+    if (!first.has_gradient) {
+      request.scalars.values[gradient_scale] = std::nullopt;
+    }
+    request.after = previous;
+    std::map<uint32_t, uint32_t> set_of, row_of;
+    for (size_t j = 0; j < members.size(); ++j) {
+      const auto& stage = stage_of(j);
+      const auto number_of_trace = trace_of[members[j]];
+      const auto [set, is_new] = set_of.emplace(
+          number_of_trace, static_cast<uint32_t>(request.sets.size()));
+      if (is_new) {
+        request.sets.push_back(stage.numbers);
+      }
+      request.set_of.push_back(set->second);
+      if (stage.scalars.empty()) {
+        continue;
+      }
+      auto row = row_of.find(number_of_trace);
+      if (row == row_of.end() || !stage.are_scalars_shared) {
+        Arrays entries;
+        for (const auto& node : stage.scalars) {
+          entries.push_back(values[j].of(node));
+        }
+        row = row_of
+                  .insert_or_assign(number_of_trace,
+                                    static_cast<uint32_t>(request.rows.size()))
+                  .first;
+        request.rows.push_back(std::move(entries));
+      }
+      request.row_of.push_back(row->second);
+    }
+    Extras extras{{}, first.has_gradient};
+    for (size_t e = 0; e < first.extras.size(); ++e) {
+      auto& given = extras.given.emplace_back();
+      for (size_t j = 0; j < members.size(); ++j) {
+        const auto& stage = stage_of(j);
+        const auto& node = stage.extras[e];
+        const auto dtype =
+            has_kernels(node.dtype()) ? node.dtype() : mx::float32;
+        given.push_back(stage.is_extra_read[e]
+                            ? mx::astype(values[j].of(node), dtype)
+                            : unread(node.shape(), dtype));
+      }
+    }
+    if (!update(std::move(request), state_dtype, chosen, &extras)) {
+      throw std::invalid_argument("[run] expected arrays");
+    }
+    previous = {extras.slots[0][0]};
+    for (size_t j = 0; j < members.size(); ++j) {
+      const auto& stage = stage_of(j);
+      for (size_t slot = 0; slot < stage.nodes.size(); ++slot) {
+        if (const auto& node = stage.nodes[slot]) {
+          values[j].set(*node,
+                        mx::astype(extras.slots[slot][j], node->dtype()));
+        }
+      }
+    }
+    set_sums(first.number);
+  }
+  const auto& skips = scalars.values[skip];
+  for (size_t j = 0; j < members.size(); ++j) {
+    const size_t i = chosen[j];
+    const auto kept = [&](nb::handle before, const mx::array& after) {
+      const bool may_keep = skips && before && is_array(before) &&
+                            array_of(before).shape() == after.shape();
+      return may_keep ? mx::where(*skips, array_of(before), after) : after;
+    };
+    if (const auto& node = trace(members[j]).parameter_node()) {
+      parameters_[i] = nb::cast(kept(parameters_[i], values[j].of(*node)));
+    }
+    for (const auto& [name, node] : trace(members[j]).state_nodes()) {
+      const nb::str key(name.c_str());
+      changes_.push_back(
+          {i, key, kept(entry(states_[i], key), values[j].of(node))});
+    }
+  }
 }
 
 void Leaves::set_gradient(size_t index, nb::object value) {

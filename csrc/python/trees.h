@@ -4,12 +4,14 @@
 
 #include <nanobind/nanobind.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
+#include "graph/trace.h"
 #include "mlx/array.h"
 #include "plan.h"
 
@@ -25,6 +27,11 @@ namespace nb = nanobind;
 namespace mx = mlx::core;
 
 inline namespace MLX_FUSED_MODULE {
+
+// A trace under this extension's name.
+struct Recorded : Trace {
+  using Trace::Trace;
+};
 
 // The leaves of a step's trees, collected in one walk, and what the step makes
 // of them. Several updates may follow one another on the same leaves.
@@ -53,7 +60,16 @@ class Leaves {
   // state_dtype, if given. False, and nothing is done, if something is no
   // array.
   bool update(Request request, const std::optional<mx::Dtype>& state_dtype,
-              const std::optional<std::vector<size_t>>& indices);
+              const std::optional<std::vector<size_t>>& indices) {
+    return update(std::move(request), state_dtype, indices, nullptr);
+  }
+
+  // Updates the leaves of these indices by what was recorded: trace_of is of
+  // each. The request has the scalars alone.
+  void run(const std::vector<std::shared_ptr<Recorded>>& traces,
+           const std::vector<size_t>& indices,
+           const std::vector<uint32_t>& trace_of, const Scalars& scalars,
+           const std::optional<mx::Dtype>& state_dtype, const Arrays& after);
 
   // What other ways of computing it made of a leaf.
   void set_gradient(size_t index, nb::object value);
@@ -76,6 +92,23 @@ class Leaves {
 
  private:
   struct Place;
+  // A program's arrays that are no entries of states.
+  struct Extras {
+    std::vector<Arrays> given;  // of "#0", "#1", ... the leaves'
+    bool has_gradient;          // otherwise the last slot is the last of them
+    std::vector<Arrays> slots = {};  // after the update
+  };
+  bool update(Request request, const std::optional<mx::Dtype>& state_dtype,
+              const std::optional<std::vector<size_t>>& indices,
+              Extras* extras);
+  void run_some(const std::vector<std::shared_ptr<Recorded>>& traces,
+                const std::vector<size_t>& members,
+                const std::vector<size_t>& indices,
+                const std::vector<uint32_t>& trace_of, const Scalars& scalars,
+                const std::optional<mx::Dtype>& state_dtype, Arrays& previous);
+  // What MLX's graph has of a leaf: its arrays without codes and errors.
+  void set_leaf(Values& values, const Trace& trace, size_t index,
+                const std::optional<mx::array>& scale) const;
   void collect(nb::handle gradients, nb::object parameters, nb::object state,
                const Place& place);
   static nb::list list_of(const std::vector<nb::object>& objects);

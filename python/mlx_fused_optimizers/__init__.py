@@ -32,6 +32,7 @@ from .optimizers import (
     RMSprop,
     ScheduleFreeAdamW,
     ScheduleFreeSGD,
+    fuse,
 )
 from .precision import cast_model, full_precision
 from .schedulers import (
@@ -78,6 +79,7 @@ __all__ = [
     "decay_matrices_only",
     "exponential_decay",
     "full_precision",
+    "fuse",
     "inverse_sqrt",
     "join_schedules",
     "linear_schedule",

@@ -153,7 +153,7 @@ def _plain_state(
             exact[path] = kernels.join(parameter, state.pop("error"))
         if isinstance(optimizer, FusedOptimizer) and optimizer.takes_codes:
             for key in {plain_name(entry) for entry in state}:
-                release(state, key, parameter.shape, optimizer._rule())
+                release(state, key, parameter.shape, optimizer._non_negative())
         return {
             key: x.astype(mx.float32) if is_half(x) else x
             for key, x in state.items()

@@ -12,12 +12,14 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.optimizers as mx_optimizers
 
 from . import __version__
 from ._kernels import backend, kernels, reason
+from .optimizers import fuse
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Parameter, gradient, state: one dtype throughout, and the mixtures of training in
@@ -78,11 +80,11 @@ def check_all() -> Iterator[Result]:
 
 def _check_device(device: str) -> Iterator[Result]:
     arrays = {name: mx.zeros((1,), dtype) for name, dtype in DTYPES.items()}
-    for rule in kernels.rule_names():
+    for name, rule in every_rule().items():
         for mixture in MIXTURES:
             parameter, gradient, state = (arrays[dtype] for dtype in mixture)
             failure = kernels.check_update(rule, parameter, gradient, state)
-            yield Result(device, rule, *mixture, failure)
+            yield Result(device, name, *mixture, failure)
         if averaged := _with_average(rule):
             for mixture in MIXTURES:
                 parameter, gradient, state = (arrays[dtype] for dtype in mixture)
@@ -94,7 +96,7 @@ def _check_device(device: str) -> Iterator[Result]:
                 rule, like, like, arrays["float32"], weight, codes
             )
             held = "float32" if codes == "plain" else codes
-            yield Result(device, rule, f"{dtype} {weight}", dtype, held, failure)
+            yield Result(device, name, f"{dtype} {weight}", dtype, held, failure)
     for dtype, array in arrays.items():
         for name, counts in (("sums", False), ("counts", True)):
             failure = kernels.check_sums(array, counts)
@@ -109,6 +111,37 @@ def _with_average(rule: str) -> str | None:
     except ValueError:
         return None
     return name
+
+
+class _Example(mx_optimizers.Optimizer):
+    """A class as somebody writes it, for a kernel of ``fuse``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._maybe_schedule("learning_rate", 0.1)
+
+    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
+        state["m"] = mx.zeros_like(parameter)
+        state["v"] = mx.zeros_like(parameter)
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
+    ) -> mx.array:
+        m = 0.9 * state["m"] + 0.1 * gradient
+        v = mx.maximum(0.99 * state["v"], mx.square(gradient - m))
+        state["m"], state["v"] = m, v
+        update = mx.where(m * gradient > 0, m, mx.tanh(m)) / (mx.sqrt(v) + 1e-3)
+        updated: mx.array = parameter - self.learning_rate * update
+        return updated
+
+
+def every_rule() -> dict[str, str]:
+    """The rules, and as "fuse" one that it makes of a class."""
+    optimizer = fuse(_Example())
+    parameters = {"a": mx.zeros((4,))}
+    optimizer.apply_gradients(parameters, parameters)
+    (made,) = optimizer.rules()
+    return {name: name for name in kernels.rule_names()} | {"fuse": made}
 
 
 def machine() -> dict[str, str]:

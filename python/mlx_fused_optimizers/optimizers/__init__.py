@@ -5,6 +5,7 @@ from .adam import Adam, Adamax, AdamW
 from .adaptive import AdaDelta, Adagrad, RMSprop
 from .ademamix import AdEMAMix
 from .base import Optimizer
+from .fuse import fuse
 from .fused import FusedOptimizer
 from .lion import Lion
 from .multi import MultiOptimizer
@@ -35,4 +36,5 @@ __all__ = [
     "RMSprop",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",
+    "fuse",
 ]

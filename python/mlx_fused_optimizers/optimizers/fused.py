@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -212,27 +212,28 @@ class FusedOptimizer(Optimizer):
             decides = self.quantize_filter or _is_large
             kind = kind if decides(*self._asked(path, parameter)) else None
         if self.takes_codes:
-            rule = self._rule()
+            non_negative = self._non_negative()
+            names = self._state_names(state, parameter)
             was_held = is_error(state.get("error"))
-            others = [k for k in self._coded_states() if kind_of(state, k) != kind]
+            others = [k for k in self._coded_states(names) if kind_of(state, k) != kind]
             for key in others:
                 was_held |= kind_of(state, key) is not None
-                release(state, key, parameter.shape, rule)
+                release(state, key, parameter.shape, non_negative)
             init_single = getattr(self.init_single, "__func__", None)
             if kind and is_new and init_single is FusedOptimizer.init_single:
-                hold_zeros(state, others, rule, kind)
+                hold_zeros(state, others, non_negative, kind)
             else:
-                hold(state, others, rule, kind)
+                hold(state, others, non_negative, kind)
             if was_held and self._plain_dtype() is None:
                 # A float32 state beside a weight of half precision would widen it.
-                for key in kernels.states(rule):
+                for key in names:
                     state[key] = state[key].astype(parameter.dtype)
         hold_error(state, parameter, self.master_weights)
         super()._hold(path, parameter, state, is_new)
 
-    def _coded_states(self) -> list[str]:
-        """The states that ``state_dtype`` may bring into codes."""
-        return kernels.states(self._rule())
+    def _coded_states(self, names: list[str]) -> list[str]:
+        """Of the states those that ``state_dtype`` may bring into codes."""
+        return names
 
     def _cast(self, value: Any) -> Any:
         is_moment = isinstance(value, mx.array) and value.dtype in FUSED_DTYPES
@@ -242,6 +243,15 @@ class FusedOptimizer(Optimizer):
     def _cast_all(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
             state[key] = self._cast(value)
+
+    def _state_names(self, state: dict[str, Any], parameter: mx.array) -> list[str]:
+        """The names of a parameter's states, of its shape."""
+        return kernels.states(self._rule())
+
+    def _non_negative(self) -> Collection[str]:
+        """The names of the states that never are negative."""
+        names: list[str] = kernels.non_negative(self._rule())
+        return names
 
     def _rule(self) -> str:
         """The rule's name, which may depend on arguments."""
@@ -379,10 +389,10 @@ class FusedOptimizer(Optimizer):
         self, path: str, gradient: Any, parameter: Any, state: Any, clip: Clip
     ) -> Any:
         """As of all optimizers, for code that knows nothing of the options."""
-        keys = kernels.states(self._rule()) if self.takes_codes else []
+        keys = self._state_names(state, parameter) if self.takes_codes else []
         kinds = {key: kind for key in keys if (kind := kind_of(state, key))}
         for key in kinds:
-            release(state, key, parameter.shape, self._rule())
+            release(state, key, parameter.shape, self._non_negative())
         dtype = parameter.dtype
         master = None
         if is_error(state.get("error")) and dtype in HALF_DTYPES:
@@ -414,7 +424,7 @@ class FusedOptimizer(Optimizer):
             return updated
         self._cast_all(state)
         for key, kind in kinds.items():
-            hold(state, [key], self._rule(), kind)
+            hold(state, [key], self._non_negative(), kind)
         if master is not None:
             updated, state["error"] = kernels.split(updated, master, dtype)
         elif self.stochastic_rounding and dtype in HALF_DTYPES:

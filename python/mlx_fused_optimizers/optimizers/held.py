@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import mlx.core as mx
 
@@ -20,30 +20,36 @@ from .._kernels import kernels
 from .options import FUSED_DTYPES
 
 
-def release(state: State, key: str, shape: Iterable[int], rule: str) -> None:
+def release(
+    state: State, key: str, shape: Iterable[int], non_negative: Collection[str]
+) -> None:
     """Make a state in codes float32."""
     kind = kind_of(state, key)
     if kind is not None:
         codes = state.pop(f"{key}_{kind}")
         scales = state.pop(f"{key}_scales")
-        is_positive = key in kernels.non_negative(rule)
+        is_positive = key in non_negative
         state[key] = kernels.decode(codes, scales, [*shape], kind, is_positive)
 
 
-def hold(state: State, keys: Iterable[str], rule: str, kind: str | None) -> None:
+def hold(
+    state: State, keys: Iterable[str], non_negative: Collection[str], kind: str | None
+) -> None:
     """Bring the states that are in no codes into those of a kind."""
     for key in keys:
         if kind is not None and key in state:
-            is_positive = key in kernels.non_negative(rule)
+            is_positive = key in non_negative
             codes, scales = kernels.encode(state.pop(key), kind, is_positive)
             state |= {f"{key}_{kind}": codes, f"{key}_scales": scales}
 
 
-def hold_zeros(state: State, keys: Iterable[str], rule: str, kind: str) -> None:
+def hold_zeros(
+    state: State, keys: Iterable[str], non_negative: Collection[str], kind: str
+) -> None:
     """Make states of zeros such ones in codes, without computing them."""
     for key in keys:
         codes, scales = shapes_in(kind, state.pop(key).shape)
-        is_unsigned = kind == "int4" or key in kernels.non_negative(rule)
+        is_unsigned = kind == "int4" or key in non_negative
         state[f"{key}_{kind}"] = mx.zeros(codes, mx.uint8 if is_unsigned else mx.int8)
         state[f"{key}_scales"] = mx.zeros(scales, mx.float32)
 

@@ -56,9 +56,9 @@ class _ScheduleFree(FusedOptimizer):
         # Upstream initializes by the gradients; z begins as the parameter.
         return leaves.replace(leaves.parameters)
 
-    def _coded_states(self) -> list[str]:
+    def _coded_states(self, names: list[str]) -> list[str]:
         # A sequence of weights: codes would swallow its steps.
-        return [key for key in super()._coded_states() if key != "z"]
+        return [key for key in names if key != "z"]
 
     # A step
 
