@@ -334,7 +334,7 @@ accumulate_dtype (Dtype, optional): The dtype of that buffer: float32, float16 o
         None,
         """\
 ema (float, optional): Keep an average of the weights, of which a step retains this
-    much, as 0.999; see :meth:`averaged`. It is a state ``weight_average`` in
+    much, as 0.999; see :meth:`Optimizer.averaged`. It is a state ``weight_average`` in
     float32 and costs 4 bytes a parameter, and 8 to be moved a step.
     Default: ``None``""",
         _check_ema,
