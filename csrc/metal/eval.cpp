@@ -189,6 +189,9 @@ bool is_vectorizable(const mx::array& a) {
 }  // namespace
 
 void copy_array(const mx::array& in, mx::array& out, mx::Stream stream) {
+  if (in.size() == 0) {
+    return;  // Metal refuses a grid of no threads
+  }
   const auto walk = collapse(in);
   LaunchTensor tensor{};
   tensor.size = static_cast<int64_t>(in.size());
