@@ -564,9 +564,11 @@ class FusedOptimizer(Optimizer):
         is_due = self._calls & (self._calls - 1) == 0 and self._calls <= 1 << 12
         if self.master_weights or self.stochastic_rounding or not (before or is_due):
             return
-        halves = [p for p in leaves.parameters if is_half(p) and p.ndim > 0]
-        if not halves or len(halves) < len(leaves):
+        pairs = zip(leaves.parameters, leaves.gradients, strict=True)
+        watched = [(p, g) for p, g in pairs if is_half(p) and p.ndim > 0]
+        if not watched:
             return
+        halves = [p for p, _ in watched]
         few = sorted(halves, key=lambda p: p.size)[:4]
         few = [p for p in few if p.size <= 1 << 16] or few[:1]
         try:
@@ -574,11 +576,11 @@ class FusedOptimizer(Optimizer):
             rate = self.state.get("learning_rate")
             moves = rate is not None and bool(mx.any(as_array(rate) != 0).item())
             is_same = before == now
-            if is_same and any(mx.any(g != 0).item() for g in leaves.gradients):
+            if is_same and any(mx.any(g != 0).item() for _, g in watched):
                 if self._suspects:
                     warn_caller(
-                        f"{type(self).__name__}: a step changed no parameter, as it is "
-                        f"below the precision of {halves[0].dtype}. Use "
+                        f"{type(self).__name__}: a step changed no parameter of "
+                        f"{halves[0].dtype}, as it is below their precision. Use "
                         'master_weights="24bit" or stochastic_rounding=True'
                     )
                     self._calls = 1 << 12
