@@ -520,9 +520,16 @@ def fuse(optimizer: Any = None, /, **options: Any) -> Any:
     Example:
 
         >>> @optim.fuse
-        ... class SignMomentum(mlx.optimizers.Optimizer):
-        ...     ...
-        >>> optimizer = optim.fuse(MyOptimizer(1e-3), max_grad_norm=1.0)
+        ... class SignMomentum(optim.Optimizer):
+        ...     def init_single(self, parameter, state):
+        ...         state["m"] = mx.zeros_like(parameter)
+        ...
+        ...     def apply_single(self, gradient, parameter, state):
+        ...         state["m"] = 0.9 * state["m"] + 0.1 * gradient
+        ...         return parameter - 1e-3 * mx.sign(state["m"])
+        >>> optimizer = SignMomentum(max_grad_norm=1.0)
+        >>> optimizer.apply_gradients({"w": mx.ones(2)}, {"w": mx.ones(2)})
+        {'w': array([0.999, 0.999], dtype=float32)}
     """
     is_class = isinstance(optimizer, type)
     kind: Any = optimizer if is_class else type(optimizer)
