@@ -497,7 +497,7 @@ def fuse(optimizer: Any = None, /, **options: Any) -> Any:
     as a norm, a mean or a product of matrices, is left to MLX and enters the kernel.
 
     Arithmetic is in float32, and rounded once where it is stored. A class that cannot
-    be fused works as it is, with one warning that says why; :meth:`explain` prints what
+    be fused works as it is, with one warning that says why; ``explain()`` prints what
     was fused.
 
     Args:
