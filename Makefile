@@ -1,5 +1,5 @@
 # make demo    train on real data with the fused optimizers, beside mlx.optimizers
-# make test    run the tests on every backend that is here; TESTS="-k clip"
+# make test    run the tests on every backend that is here; TESTS="-k clip", TEST_JOBS=1
 # make test-plain   run the tests on plain MLX operations, without any extension
 # make metal-check  simulate the Metal kernels and cross-compile for macOS;
 #   METAL_CHECK=--without-tests where make test has run them
@@ -20,6 +20,7 @@
 
 PYTHON ?= python3
 MLX ?=
+TEST_JOBS ?= 2
 VENV := .venv$(if $(MLX),-$(MLX))
 SIMULATOR := build/simulator$(if $(MLX),-$(MLX))
 export MLX_FUSED_SIMULATOR_LIBRARY := $(CURDIR)/$(SIMULATOR)/tests/metal_simulator/libmetal_simulator.so
@@ -39,11 +40,13 @@ demo: $(STAMPS)/package $(STAMPS)/examples
 
 test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMPS)/bench simulator
 ifeq ($(TESTS),)
-	# Each file in a process of its own: MLX 0.32.4 counts a task too many after an
-	# error of a stream, and waits for ever when that has been too often. 5: no test.
-	@status=0; for file in tests/test_*.py; do \
-	  $(BIN)/python -m pytest $$file || [ $$? -eq 5 ] || status=1; \
-	done; exit $$status
+	# Each file in a process of its own, two at a time: MLX 0.32.4 counts a task too many
+	# after an error of a stream, and waits for ever when that has been too often. 5: no test.
+	@rm -f $(VENV)/failed; printf '%s\n' tests/test_*.py | xargs -P $(TEST_JOBS) -n 1 sh -c ' \
+	  log=$$(mktemp); $(BIN)/python -m pytest $$0 > $$log 2>&1; status=$$?; cat $$log; \
+	  [ $$status -eq 0 ] || [ $$status -eq 5 ] || grep -E "^(FAILED|ERROR) " $$log \
+	    >> $(VENV)/failed || echo "$$0 ended with $$status" >> $(VENV)/failed; rm $$log'; \
+	if [ -e $(VENV)/failed ]; then cat $(VENV)/failed; exit 1; fi
 else
 	$(BIN)/python -m pytest $(TESTS)
 endif
