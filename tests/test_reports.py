@@ -683,7 +683,7 @@ def calling_stock(name: str) -> Any:
         def apply_single(
             self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
         ) -> Any:
-            upstream: Any = getattr(oracle, name)
+            upstream: Any = getattr(stock, name)
             return upstream.apply_single(self, gradient, parameter, state)
 
     return Subclass
