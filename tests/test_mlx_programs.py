@@ -62,7 +62,7 @@ def test_mlxs_own_file(tmp_path: Path) -> None:
 
 
 def test_every_class_is_found() -> None:
-    assert len(CLASSES) == 11
+    assert len(CLASSES) == 18
 
 
 def test_the_state_is_a_plain_dict() -> None:
