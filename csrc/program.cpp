@@ -23,7 +23,7 @@ std::map<std::string, std::unique_ptr<const RuleTraits>> programs;
 std::map<std::string, const RuleTraits*> by_name;
 
 std::string text_of(const Operand& operand) {
-  return "sxnc"[operand.kind] + std::to_string(operand.index);
+  return std::string(1, "sxnc"[operand.kind]) + std::to_string(operand.index);
 }
 
 using cpu::Code;

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <vector>
@@ -64,6 +65,11 @@ const RuleTraits& rule_of(Program program);
 
 // That of rule_of with this name; null if there is none.
 const RuleTraits* program_named(const std::string& name);
+
+// Of the name of an array that is no entry of the state, its number.
+inline size_t number_of_extra(const std::string& name) {
+  return std::strtoul(name.c_str() + 1, nullptr, 10);
+}
 
 // What distinguishes programs, and what a person can read.
 std::string text_of(const Program& program);

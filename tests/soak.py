@@ -27,7 +27,7 @@ import mlx_fused_optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_fused_optimizers._kernels import kernels
-from support import ALL_OPTIMIZERS, leaves_of, snapshot, to_numpy
+from support import ALL_OPTIMIZERS, leaves_of, oracle, snapshot, to_numpy
 
 CHECK_EVERY = 1000
 STEP_TOLERANCE = 2e-6
@@ -134,7 +134,7 @@ class Model:
         self.skip_nonfinite = rng.random() < 0.25
         extra: dict[str, Any] = {"max_grad_norm": self.max_norm}
         extra["skip_nonfinite"] = self.skip_nonfinite
-        build = getattr(optim, self.name), getattr(stock, self.name)
+        build = getattr(optim, self.name), getattr(oracle, self.name)
         rate = self.schedule or self.rate
         filters: list[Callable[[str, mx.array], bool]] = []
         variants = [options]

@@ -132,7 +132,7 @@ mx::array apply_operation(Operation operation, const Arrays& x) {
     case Operation::select:
       return mx::where(truth(x[0]), x[1], x[2]);
   }
-  throw std::logic_error("no such operation");
+  throw std::invalid_argument("no such operation");
 }
 
 // Changes the slots of one tensor by a program; rate is all of its scalars.

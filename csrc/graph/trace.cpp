@@ -750,8 +750,7 @@ std::vector<std::string> Trace::find_non_negative() const {
         }
         const auto* state = state_of(operand.index);
         if (state && (*state)[0] == '#') {
-          return nodes.contains(
-              stage.extras[std::stoul(state->substr(1))].id());
+          return nodes.contains(stage.extras[number_of_extra(*state)].id());
         }
         return state && supposed.contains(*state);
       };

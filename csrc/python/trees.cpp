@@ -313,7 +313,7 @@ bool Leaves::update(Request request,
     const size_t slot = k + reads_parameter;
     auto& state = tensors.slots[slot];
     if (extras && is_extra(name)) {
-      state = extras->given[std::stoul(name.substr(1))];
+      state = extras->given[number_of_extra(name)];
       continue;
     }
     for (size_t j = 0; j < chosen.size(); ++j) {
