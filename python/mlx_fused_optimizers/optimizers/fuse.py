@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import linecache
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -266,26 +265,6 @@ class Fused(FusedOptimizer):
 
         mx.export_function(_ignore, record)
         return traces, trace_of, news
-
-    @contextmanager
-    def _as_group(self, group: int, is_undecayed: bool) -> Iterator[None]:
-        values = self._group_values(group)
-        if is_undecayed:
-            values["weight_decay"] = 0.0
-        rate = self.state.get("learning_rate")
-        before = {k: getattr(self, k) for k in values.keys() - {"learning_rate"}}
-        try:
-            for name, value in values.items():
-                if name == "learning_rate":
-                    self.state[name] = as_array(value)
-                else:
-                    setattr(self, name, value)
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(self, name, value)
-            if rate is not None:
-                self.state["learning_rate"] = rate
 
     def _trace_one(
         self, gradient: mx.array, parameter: mx.array, state: State, keeps: bool

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -301,6 +302,27 @@ class FusedOptimizer(Optimizer):
             for name, value in values.items()
         }
 
+    @contextmanager
+    def _as_group(self, group: int, is_undecayed: bool) -> Iterator[None]:
+        """Have a group's arguments, for code that reads attributes and state."""
+        values = self._group_values(group)
+        if is_undecayed:
+            values["weight_decay"] = 0.0
+        rate = self.state.get("learning_rate")
+        before = {k: getattr(self, k) for k in values.keys() - {"learning_rate"}}
+        try:
+            for name, value in values.items():
+                if name == "learning_rate":
+                    self.state[name] = as_array(value)
+                else:
+                    setattr(self, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+            if rate is not None:
+                self.state["learning_rate"] = rate
+
     def _arguments(self, leaves: Leaves, learning_rate: Any) -> Arguments:
         """What the groups and filters give each leaf; each of them is asked once."""
         usual = self._hyperparameters()
@@ -402,24 +424,11 @@ class FusedOptimizer(Optimizer):
         elif self.stochastic_rounding and dtype in HALF_DTYPES:
             parameter = parameter.astype(mx.float32)
         self._cast_all(state)
-        values = self._group_values(self._group_of(path, parameter))
+        group = self._group_of(path, parameter)
         decays = self.weight_decay_filter
-        if decays is not None and not decays(path, parameter):
-            values["weight_decay"] = 0.0
-        rate = self.state.get("learning_rate")
-        before = {k: getattr(self, k) for k in values.keys() - {"learning_rate"}}
-        try:
-            for name, value in values.items():
-                if name == "learning_rate":
-                    self.state[name] = as_array(value)
-                else:
-                    setattr(self, name, value)
+        is_undecayed = decays is not None and not decays(path, parameter)
+        with self._as_group(group, is_undecayed):
             updated = super()._apply_one(path, gradient, parameter, state, clip)
-        finally:
-            for name, value in before.items():
-                setattr(self, name, value)
-            if rate is not None:
-                self.state["learning_rate"] = rate
         if self._plain_dtype() is None and not self.stochastic_rounding:
             return updated
         self._cast_all(state)
