@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.optimizers as mx_optimizers
+import mlx.optimizers as stock
 
 from . import __version__
 from ._kernels import backend, kernels, reason
@@ -113,7 +113,7 @@ def _with_average(rule: str) -> str | None:
     return name
 
 
-class _Example(mx_optimizers.Optimizer):
+class _Example(stock.Optimizer):
     """A class as somebody writes it, for a kernel of ``fuse``."""
 
     def __init__(self) -> None:

@@ -125,6 +125,11 @@ def measure(
     return norm, factor
 
 
+def clip_factor(max_norm: Any, norm: mx.array) -> mx.array:
+    """What multiplies gradients of this norm."""
+    return mx.minimum(max_norm / (norm + 1e-6), 1.0)
+
+
 def _measure_double(
     gradients: list[mx.array], max_norm: float | mx.array
 ) -> tuple[mx.array, mx.array]:
@@ -135,7 +140,7 @@ def _measure_double(
     squares = [mx.square(x / unit).sum() for x in magnitudes]
     norm = unit * mx.sqrt(mx.stack(squares).sum())
     limit = mx.array(max_norm, mx.float64).reshape(())
-    return norm, mx.minimum(limit / (norm + 1e-6), 1.0)
+    return norm, clip_factor(limit, norm)
 
 
 def _is_zero(step: Any) -> bool:
@@ -857,9 +862,9 @@ class Optimizer(stock.Optimizer):
             norm, factor = measure(leaves.gradients, limit, leaves.tree, shards)
         if number is not None:
             norm = norm / number
-            factor = mx.minimum(limit / (norm + 1e-6), 1.0)
+            factor = clip_factor(limit, norm)
         if self.clip_by_last_norm:
-            factor = self._factor_of_last_norm(limit)
+            factor = clip_factor(limit, self.state["grad_norm"])
         if number is not None:
             factor = factor / number
         if factor.dtype == mx.float64:
@@ -892,13 +897,10 @@ class Optimizer(stock.Optimizer):
             # before the first update.
             total, _ = measure([*(gradients[i] for i in chosen), total], limit)
             chunks.append((chosen, total))
-        factor = self._factor_of_last_norm(limit)
+        factor = clip_factor(limit, self.state["grad_norm"])
         if number is not None:
             total, factor = total / number, factor / number
         return Clip(total, factor, None, chunks)
-
-    def _factor_of_last_norm(self, limit: float) -> mx.array:
-        return mx.minimum(limit / (self.state["grad_norm"] + 1e-6), 1.0)
 
     def _apply_leaves(self, leaves: Leaves, clip: Clip) -> Any:
         """The updated parameters' tree; states get their new entries."""

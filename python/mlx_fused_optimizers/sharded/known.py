@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from .._kernels import kernels
+from ..optimizers.base import clip_factor
 from ..optimizers.options import FUSED_DTYPES
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Known:
             if not self._is_double:
                 norm = norm.astype(mx.float32)
             limit = mx.array(max_norm, norm.dtype).reshape(())
-            return norm, mx.minimum(limit / (norm + 1e-6), 1.0)
+            return norm, clip_factor(limit, norm)
 
 
 def _root_of_squares(x: mx.array) -> mx.array:
