@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
 from distributed_ranks import CASES
+from ranks import launch
 
 RANKS = Path(__file__).with_name("distributed_ranks.py")
 SECONDS = 120  # after which a rank is killed
@@ -25,41 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 def run(ranks: int, folder: Path, cases: list[str]) -> list[dict[str, Any]]:
     """The results of each rank."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_RANK")}
-    hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
-    processes = []
-    for rank in range(ranks):
-        own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)} if ranks > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(RANKS), *cases],
-                env={**environment, **own},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        outputs = [process.communicate(timeout=SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [json.loads(output) for output, _ in outputs]
+    return [x.result for x in launch(RANKS, ranks, folder, cases, SECONDS)]
 
 
 @pytest.fixture(scope="module")
