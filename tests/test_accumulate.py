@@ -30,6 +30,7 @@ from support import (
     snapshot,
     to_numpy,
 )
+from users_classes import Plain, Shrinking
 
 SHAPES: Any = {
     "layer": {"weight": (24, 20), "bias": (24,)},
@@ -455,35 +456,6 @@ def test_copies(backend: str) -> None:
             mean_of([arrays(1), arrays(2)])
         )
         assert snapshot(updated) == snapshot(expected.parameters)
-
-
-class Plain(optim.Optimizer):
-    """A user's own, with a state that appears at the first step."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-
-    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
-        state["v"] = mx.zeros_like(parameter)
-
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
-    ) -> mx.array:
-        assert state.keys() == {"v"}  # nothing of ours
-        state["v"] = 0.9 * state["v"] + gradient
-        updated: mx.array = parameter - 0.1 * state["v"]
-        return updated
-
-
-class Shrinking(optim.AdamW):
-    """A fused class of which apply_single is overridden."""
-
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
-    ) -> mx.array:
-        assert "gradient_sum" not in state
-        updated: mx.array = super().apply_single(gradient, parameter, state) * 0.99
-        return updated
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from support import (
     snapshot,
     to_numpy,
 )
+from users_classes import Plain, Shrinking
 
 BETA = 0.9
 AVERAGING = [x for x in ALL_OPTIMIZERS if getattr(optim, x[0]).takes_ema]
@@ -266,32 +267,6 @@ def test_other_dtypes(dtype: mx.Dtype) -> None:
     found = averages_of(optimizer.state)
     assert_trees_match(found, expected, 1e-6, 1e-7)
     assert {x.dtype for x in found.values()} == {dtype}
-
-
-class Plain(optim.Optimizer):
-    """A user's own."""
-
-    def init_single(self, parameter: mx.array, state: dict[str, Any]) -> None:
-        state["v"] = mx.zeros_like(parameter)
-
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
-    ) -> mx.array:
-        assert state.keys() == {"v"}  # nothing of ours
-        state["v"] = 0.9 * state["v"] + gradient
-        updated: mx.array = parameter - 0.1 * state["v"]
-        return updated
-
-
-class Shrinking(optim.AdamW):
-    """A fused class of which apply_single is overridden."""
-
-    def apply_single(
-        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
-    ) -> mx.array:
-        assert "weight_average" not in state
-        updated: mx.array = super().apply_single(gradient, parameter, state) * 0.99
-        return updated
 
 
 BUILDS: list[Callable[..., Any]] = [
