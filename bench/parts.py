@@ -405,7 +405,7 @@ def training_memory_row(compiled: bool) -> Row:
 
 # A kernel alone: one tensor, no tree.
 
-SIZES = [1 << 12, 1 << 16, 1 << 20, 1 << 24]
+KERNEL_SIZES = [1 << 12, 1 << 16, 1 << 20, 1 << 24]
 
 
 def kernels(choice: Choice) -> list[Unit]:
@@ -414,7 +414,7 @@ def kernels(choice: Choice) -> list[Unit]:
         partial(kernel_row, name, dtype, size, choice)
         for name in names
         for dtype in ("float32", "float16", "bfloat16")
-        for size in SIZES
+        for size in KERNEL_SIZES
     ]
 
 
