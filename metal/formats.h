@@ -78,16 +78,27 @@ METAL_FUNC T stretch_positive(T scale, T most) {
       is_finite(scale), most * inverse_fourth_root<T, U>(scale), T(0));
 }
 
+// What is rounded to a code.
+template <typename T, typename U>
+METAL_FUNC T root_signed(T x, T stretch) {
+  return x * inverse_square_root<T, U>(magnitude(x)) * stretch;
+}
+
+template <typename T, typename U>
+METAL_FUNC T root_positive(T x, T stretch) {
+  const T inverse = inverse_fourth_root<T, U>(x);
+  const T root = x * (inverse * inverse) * inverse;
+  return choose(is_positive(x), larger(T(1), root * stretch), T(0));
+}
+
 template <typename T, typename U>
 METAL_FUNC T encoded_signed(T x, T stretch) {
-  return nearest(x * inverse_square_root<T, U>(magnitude(x)) * stretch);
+  return nearest(root_signed<T, U>(x, stretch));
 }
 
 template <typename T, typename U>
 METAL_FUNC T encoded_positive(T x, T stretch) {
-  const T inverse = inverse_fourth_root<T, U>(x);
-  const T root = x * (inverse * inverse) * inverse;
-  return choose(is_positive(x), nearest(larger(T(1), root * stretch)), T(0));
+  return nearest(root_positive<T, U>(x, stretch));
 }
 
 template <typename T>

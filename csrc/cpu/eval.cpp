@@ -1,6 +1,7 @@
 // eval_cpu: the rules over whole arrays, in blocks, on several threads.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -32,9 +33,10 @@ constexpr size_t piece_size = 64 * cpu::block_size;
 // A large tensor's pieces are larger, up to this.
 constexpr size_t large_piece_size = 8 * piece_size;
 
-// A transposed gradient is turned block by block, in the second-level cache.
-// Matrices with fewer rows or columns are gathered element by element.
-constexpr size_t turned_rows = 64;
+// A transposed gradient is turned block by block, in the second-level cache:
+// these bytes of each of so many columns at a time. Matrices with fewer rows or
+// columns are gathered element by element.
+constexpr size_t turned_bytes = 256;
 constexpr size_t turned_columns = 1024;
 constexpr int64_t worth_turning = 8;
 
@@ -265,12 +267,13 @@ struct UpdateTask {
   }
 
   // The rows of a matrix that make a piece of about this many elements.
-  static size_t rows_of_piece(const Transposed& t, size_t size) {
-    return divided_up(divided_up(size, t.columns), turned_rows) * turned_rows;
+  static size_t rows_of_piece(const View& view, size_t size) {
+    const size_t rows = turned_bytes / view.itemsize;
+    return divided_up(divided_up(size, view.transposed->columns), rows) * rows;
   }
   static size_t turned_pieces(const View& view, size_t size) {
     const auto& t = *view.transposed;
-    return t.count() * divided_up(t.rows, rows_of_piece(t, size));
+    return t.count() * divided_up(t.rows, rows_of_piece(view, size));
   }
 
   // Some rows of one of the gradient's matrices: turns a block that fits into
@@ -278,16 +281,15 @@ struct UpdateTask {
   void update_turned(const Tensor& tensor, size_t piece, size_t size) const {
     const auto& view = gradient(tensor);
     const auto& t = *view.transposed;
-    const size_t rows_each = rows_of_piece(t, size);
+    const size_t rows_each = rows_of_piece(view, size);
     const size_t pieces = divided_up(t.rows, rows_each);
     const auto [in_gradient, begin] = t.locate(piece / pieces);
     const size_t first_row = piece % pieces * rows_each;
     const size_t end_row = std::min<size_t>(t.rows, first_row + rows_each);
     const size_t columns_each = std::min<size_t>(t.columns, turned_columns);
     const size_t rows_at_once =
-        std::max(turned_rows, turned_rows * turned_columns / columns_each /
-                                  turned_rows * turned_rows);
-    alignas(64) char block[turned_rows * turned_columns * sizeof(float)];
+        turned_columns / columns_each * (turned_bytes / view.itemsize);
+    alignas(64) char block[turned_bytes * turned_columns];
     for (size_t row = first_row; row < end_row; row += rows_at_once) {
       const size_t rows = std::min(rows_at_once, end_row - row);
       for (size_t column = 0; column < static_cast<size_t>(t.columns);
@@ -310,16 +312,16 @@ struct UpdateTask {
         }
         for (size_t i = 0; i < rows; ++i) {
           update(tensor, start + i * t.row_stride, columns,
-                 block + i * columns * view.itemsize);
+                 block + i * columns * view.itemsize, t.row_stride);
         }
       }
     }
   }
 
   // n elements from this row-major index on. Their gradients are in `turned`,
-  // if given.
-  void update(const Tensor& tensor, size_t start, size_t n,
-              const char* turned) const {
+  // if given. What is updated next is so many elements `ahead`, if given.
+  void update(const Tensor& tensor, size_t start, size_t n, const char* turned,
+              size_t ahead = 0) const {
     const auto dtype = tensor.sources[0].dtype;
     const auto& loops = cpu::loops();
     if (skip.of(tensor, false)) {
@@ -328,16 +330,16 @@ struct UpdateTask {
       const size_t itemsize = gradient(tensor).itemsize;
       for (size_t end = start + n; start < end; start += cpu::block_size) {
         update_block(tensor, start, std::min(cpu::block_size, end - start),
-                     turned);
+                     turned, ahead ? ahead : cpu::block_size);
         turned += turned ? cpu::block_size * itemsize : 0;
       }
     } else if (dtype == mx::Dtype::Val::float32) {
-      update_direct<float>(loops.update, tensor, start, n, turned);
+      update_direct<float>(loops.update, tensor, start, n, turned, ahead);
     } else {
       update_direct<uint16_t>(dtype == mx::Dtype::Val::float16
                                   ? loops.update_float16
                                   : loops.update_bfloat16,
-                              tensor, start, n, turned);
+                              tensor, start, n, turned, ahead);
     }
   }
 
@@ -363,21 +365,22 @@ struct UpdateTask {
         std::memset(target.at(start), 0, n * target.itemsize);
       } else if (part.is_written &&
                  tensor.sources[k].data != tensor.targets[k].data) {
-        const size_t each = elements_per_item(part);
-        const size_t first = start / each;
-        gather(tensor.sources[k], first, divided_up(n, each),
+        const int items = item_exponent(part);
+        const size_t first = start >> items;
+        gather(tensor.sources[k], first, divided_up(n, size_t{1} << items),
                tensor.targets[k].at(first));
       }
     }
   }
 
-  // Of scales and of pairs of codes.
-  size_t elements_per_item(const Part& part) const {
+  // Elements of a scale or of a pair of codes: a power of 2, and this is which.
+  int item_exponent(const Part& part) const {
     const auto& format = layout->format(part);
-    return !format.has_codes()                 ? 1
-           : part.is_companion                 ? format.block()
-           : format.storage == Storage::codes4 ? 2
-                                               : 1;
+    return !format.has_codes() ? 0
+           : part.is_companion
+               ? std::countr_zero(static_cast<unsigned>(format.block()))
+           : format.storage == Storage::codes4 ? 1
+                                               : 0;
   }
 
   // A block of all slots; the loop has no average, which follows it.
@@ -428,8 +431,9 @@ struct UpdateTask {
   // Where all arrays are contiguous and of one dtype.
   template <typename T>
   void update_direct(cpu::Update<T> loop, const Tensor& tensor, size_t start,
-                     size_t n, const char* turned) const {
+                     size_t n, const char* turned, size_t ahead) const {
     cpu::Block<T> block;
+    block.ahead = ahead ? ahead : block.ahead;
     for (size_t k = 0; k < slots(); ++k) {
       if (is_read(k)) {
         block.in[k] = reinterpret_cast<const T*>(tensor.sources[k].at(start));
@@ -446,7 +450,7 @@ struct UpdateTask {
 
   // At most block_size elements, as float32.
   void update_block(const Tensor& tensor, size_t start, size_t n,
-                    const char* turned) const {
+                    const char* turned, size_t ahead) const {
     alignas(64) float buffers[max_slots][cpu::block_size];
     cpu::Block<float> block;
     for (size_t k = 0, part = 0; k < slots(); ++k) {
@@ -455,6 +459,11 @@ struct UpdateTask {
       const View* target = &tensor.targets[part];
       part += format.has_companion() ? 2 : 1;
       block.in[k] = is_read(k) ? buffers[k] : nullptr;
+      if (is_read(k) && source->row_contiguous()) {
+        const int items = item_exponent({static_cast<int>(k), false, true});
+        cpu::prefetch(source->at((start + ahead) >> items),
+                      n * source->itemsize >> items);
+      }
       if (!is_read(k)) {
         // Nothing to load.
       } else if (format.has_companion()) {
@@ -517,11 +526,11 @@ struct UpdateTask {
                     char (*copies)[cpu::block_size * sizeof(float)]) const {
     char* found[2];
     for (const int i : {0, 1}) {
-      const size_t each =
-          elements_per_item({static_cast<int>(slot), i == 1, true});
-      found[i] = views[i].at(start / each);
+      const int items = item_exponent({static_cast<int>(slot), i == 1, true});
+      found[i] = views[i].at(start >> items);
       if (!views[i].row_contiguous()) {
-        gather(views[i], start / each, divided_up(n, each), copies[i]);
+        gather(views[i], start >> items, divided_up(n, size_t{1} << items),
+               copies[i]);
         found[i] = copies[i];
       }
     }

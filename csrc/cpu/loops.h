@@ -18,12 +18,25 @@ constexpr size_t block_size = 512;
 // same order.
 constexpr size_t sum_lanes = 32;
 
+// Fetches bytes into the cache. The hardware does so on its own, but begins
+// anew in each page of 4 KiB of each array: with this a step takes 10 to 20 %
+// less time.
+inline __attribute__((always_inline)) void prefetch(const void* data,
+                                                    size_t bytes) {
+  constexpr size_t line = 64;
+  for (size_t offset = 0; offset < bytes; offset += line) {
+    __builtin_prefetch(static_cast<const char*>(data) + offset);
+  }
+}
+
 // Where elements of a tensor's slots are read and written, perhaps in the same
 // memory. By slots; null for what a rule does not have or write.
 template <typename T>
 struct Block {
   const T* in[max_slots] = {};
   T* out[max_slots] = {};
+  // What is read next lies so many elements further on: it is fetched ahead.
+  size_t ahead = 2048 / sizeof(T);
 
   // What begins with that element.
   Block from(size_t start) const {
