@@ -2,7 +2,7 @@
 # make test    run the tests on every backend that is here; TESTS="-k clip", TEST_JOBS=1
 # make test-plain   run the tests on plain MLX operations, without any extension
 # make metal-check  simulate the Metal kernels and cross-compile for macOS;
-#   METAL_CHECK=--without-tests where make test has run them
+#   METAL_CHECK="--without-tests --pairs" where make test has run them, and for fewer dtypes
 # make bench        step time, bandwidth, memory and growth beside the peers
 # make convergence  train with each way to hold weights and states; hours without a fast BLAS
 # make metal-cost   count bytes and launches on Metal, beside mlx.optimizers
@@ -85,6 +85,8 @@ bench: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/examples
 	$(BIN)/python -m bench.distributed
 	$(BIN)/python -m bench.front_page
 	$(BIN)/python -m bench.accumulate
+	$(BIN)/python -m bench.optimizers
+	$(BIN)/python -m bench.fuse
 
 convergence: $(STAMPS)/package $(STAMPS)/bench $(STAMPS)/examples
 	$(BIN)/python -m bench.convergence

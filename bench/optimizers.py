@@ -1,19 +1,26 @@
 """A step of each optimizer beside AdamW's: ``python -m bench.optimizers``.
 
 On the gradients of a decoder, as autodiff gives them. The steps take turns in one
-process; the table has medians of times, and of ratios of rounds. Prints a table.
+process; the table has medians of times, and of ratios of rounds. Writes
+``optimizers.json`` and ``optimizers.md`` to bench/results.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import gc
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx_fused_optimizers as optim
+from tqdm import tqdm
 
-from . import models, peers
+from . import models, peers, report
 from .timing import interleave
+
+RESULTS = Path(__file__).parent / "results"
 
 # Label, class, arguments, and the bytes that a step moves of a float32 parameter.
 CASES: list[tuple[str, str, dict[str, Any], int]] = [
@@ -35,6 +42,13 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
 ]
 
 
+class Choice(NamedTuple):
+    """What to measure with."""
+
+    gradients: models.Gradients
+    rounds: int
+
+
 def a_step(name: str, options: dict[str, Any], gradients: models.Gradients) -> Any:
     """A step that keeps what it updates, but for gradients that it may overwrite."""
     optimizer = getattr(optim, name)(learning_rate=1e-4, **options)
@@ -50,26 +64,56 @@ def a_step(name: str, options: dict[str, Any], gradients: models.Gradients) -> A
     return step
 
 
+def measure(
+    case: tuple[str, str, dict[str, Any], int], choice: Choice
+) -> dict[str, Any]:
+    """A row of the table."""
+    label, name, options, moved = case
+    steps = {
+        "AdamW": a_step("AdamW", {"bias_correction": True}, choice.gradients),
+        label: a_step(name, options, choice.gradients),
+    }
+    times = interleave(steps, choice.rounds)
+    return {
+        "optimizer": label,
+        "bytes moved": moved,
+        "milliseconds": round(1000 * times.median(label), 1),
+        "of AdamW's": round(times.ratio(label, "AdamW"), 2),
+    }
+
+
 def main() -> int:
-    """Measure and print; returns the exit code."""
+    """Measure, write and print; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.optimizers", description=__doc__
     )
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
     parser.add_argument("--width", type=int, default=512, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args()
     if not mx.is_available(mx.gpu):
         mx.set_default_device(mx.cpu)
     gradients = models.decoder(peers.DTYPES["float32"], width=chosen.width)
-    print("| optimizer | bytes a parameter | ms a step | of AdamW |")
-    print("|---|---:|---:|---:|")
-    usual = a_step("AdamW", {"bias_correction": True}, gradients)
-    for label, name, options, moved in CASES:
-        steps = {"AdamW": usual, label: a_step(name, options, gradients)}
-        times = interleave(steps, chosen.rounds)
-        milliseconds = 1000 * times.median(label)
-        ratio = times.ratio(label, "AdamW")
-        print(f"| {label} | {moved} | {milliseconds:.1f} | {ratio:.2f} |", flush=True)
+    rows = []
+    for case in tqdm(CASES, unit="optimizer", disable=None):
+        rows.append(measure(case, Choice(gradients, chosen.rounds)))
+        gc.collect()
+        mx.clear_cache()
+    machine = report.machine(
+        str(mx.default_device().type).split(".")[-1], chosen.rounds
+    )
+    machine.pop("torch")
+    count = sum(x.size for x in gradients.values())
+    named = ", ".join(f"{key} {value}" for key, value in machine.items())
+    text = (
+        f"# A step of each optimizer\n\n{named}.\n\nA decoder of {count:,} parameters, "
+        f"with its own gradients, float32.\n\n{report.table(rows)}"
+    )
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    result = {"machine": machine, "parameters": count, "rows": rows}
+    (chosen.output / "optimizers.json").write_text(json.dumps(result, indent=1) + "\n")
+    (chosen.output / "optimizers.md").write_text(text)
+    print(text, end="")
     return 0
 
 
