@@ -21,6 +21,7 @@ DIGEST = """
 import hashlib, sys
 import mlx.core as mx, numpy as np
 import mlx_fused_optimizers as optim
+from mlx.utils import tree_flatten
 from mlx_fused_optimizers import _ext
 from support import OPTIMIZERS
 
@@ -37,6 +38,20 @@ for dtype in (mx.float32, mx.float16, mx.bfloat16):
             parameters = optimizer.apply_gradients(gradients, parameters)
             digest.update(np.array(norm.astype(mx.float32)).tobytes())
         digest.update(np.array(parameters["w"].astype(mx.float32)).tobytes())
+# Codes, masters and gradients that are transposed; the last block is a short one.
+for options in (
+    {"state_dtype": "int8", "master_weights": "24bit"},
+    {"state_dtype": "int4", "master_weights": "32bit"},
+    {"stochastic_rounding": True},
+):
+    optimizer = optim.AdamW(1e-2, quantize_filter=lambda path, x: True, **options)
+    draw = lambda: mx.array(rng.standard_normal((131, 77))).astype(mx.bfloat16)
+    parameters = {"w": draw(), "transposed": draw().T}
+    for _ in range(3):
+        gradients = {"w": draw(), "transposed": draw().T}
+        parameters = optimizer.apply_gradients(gradients, parameters)
+    for _, x in tree_flatten([parameters, optimizer.state]):
+        digest.update(np.array(x.astype(mx.float32)).tobytes())
 print(_ext.instruction_set(), digest.hexdigest())
 """
 
