@@ -317,6 +317,8 @@ def is_matrix(path: str, array: mx.array) -> bool:
     skip=st.booleans(),
     state_dtype=st.sampled_from([None, mx.float32]),
     filtered=st.booleans(),
+    calls=st.sampled_from([None, 2]),
+    ema=st.sampled_from([None, 0.5]),
     seed=st.integers(0, 2**32),
 )
 def test_any_combination_of_options(
@@ -328,12 +330,17 @@ def test_any_combination_of_options(
     skip: bool,
     state_dtype: mx.Dtype | None,
     filtered: bool,
+    calls: int | None,
+    ema: float | None,
     seed: int,
 ) -> None:
     """In float32 arithmetic, options together are what they are one by one."""
     name, options = which
     filtered = filtered and "weight_decay" in options
+    ema = None if name.startswith("ScheduleFree") else ema  # they have one of their own
     more: dict[str, Any] = {"weight_decay_filter": is_matrix} if filtered else {}
+    if calls is not None:
+        more |= {"accumulate": calls, "accumulate_dtype": mx.float32}
     rng = np.random.default_rng(seed)
     mine = model(rng, dtype)
     ours = getattr(optim, name)(
@@ -341,6 +348,7 @@ def test_any_combination_of_options(
         max_grad_norm=max_norm,
         skip_nonfinite=skip,
         state_dtype=state_dtype,
+        ema=ema,
         **options,
         **more,
     )
@@ -362,10 +370,21 @@ def test_any_combination_of_options(
         expected = tree_map(
             lambda a, b: a if is_matrix("", a) else b, expected, undecayed
         )
-    updated = ours.apply_gradients(gradients, copy_tree(mine))
+    updated = copy_tree(mine)
+    for call in range(calls or 1):
+        assert call == 0 or snapshot(updated) == snapshot(mine)
+        updated = ours.apply_gradients(copy_tree(gradients), updated)
     if dtype != mx.float32 and name == "Muon":
         return  # its products may be MLX's, in half precision
     tolerance = {mx.float32: 2e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}[dtype]
     assert_trees_match(
         updated, tree_map(lambda x: x.astype(dtype), expected), tolerance, tolerance
     )
+    if ema is not None:
+        averages = tree_map(lambda a, b: ema * a + (1 - ema) * b, widen(mine), expected)
+        kept = tree_map(
+            lambda state: state["weight_average"],
+            {key: ours.state[key] for key in mine},
+            is_leaf=lambda x: isinstance(x, dict) and "weight_average" in x,
+        )
+        assert_trees_match(kept, averages, tolerance, tolerance)
