@@ -221,6 +221,7 @@ CASES |= {
         {**HALF, "nan_at": 3},
     ),
     "random-muon": (lambda: optim.Muon(1e-4, stochastic_rounding=True), FLOAT16),
+    "random-fused": (lambda: optim.fuse(Own)(stochastic_rounding=True), HALF),
     "half": (lambda: optim.Adam(1e-2), HALF),
     "wide-gradients": (
         lambda: optim.AdamW(1e-2, state_dtype=mx.float32),

@@ -384,17 +384,18 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
              const MaybeArray& gradient_scale, const MaybeArray& skip,
              const MaybeArray& seed,
              const std::optional<mlx::core::Dtype>& state_dtype,
-             const mlx_fused::Arrays& after) {
+             const mlx_fused::Arrays& after, const Numbers& numbers) {
             leaves.run(traces, indices, trace_of,
                        {{std::nullopt, step, gradient_scale, skip, std::nullopt,
                          seed}},
-                       state_dtype, after);
+                       numbers_of(numbers), state_dtype, after);
             warn_of_failures();
           },
           "traces"_a, "indices"_a, "trace_of"_a, nb::kw_only(),
           "step"_a = nb::none(), "gradient_scale"_a = nb::none(),
           "skip"_a = nb::none(), "seed"_a = nb::none(),
           "state_dtype"_a = nb::none(), "after"_a = mlx_fused::Arrays{},
+          "numbers"_a = Numbers{},
           "Updates leaves by what apply_single did with stand-ins; trace_of is "
           "of each of these leaves.")
       .def("set_gradient", &Leaves::set_gradient, "index"_a, "value"_a)

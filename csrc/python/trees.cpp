@@ -479,6 +479,7 @@ void Leaves::set_leaf(Values& values, const Trace& trace, size_t index,
 void Leaves::run(const std::vector<std::shared_ptr<Recorded>>& traces,
                  const std::vector<size_t>& indices,
                  const std::vector<uint32_t>& trace_of, const Scalars& scalars,
+                 const std::vector<Numbers>& numbers,
                  const std::optional<mx::Dtype>& state_dtype,
                  const Arrays& after) {
   if (indices.size() != trace_of.size()) {
@@ -506,7 +507,7 @@ void Leaves::run(const std::vector<std::shared_ptr<Recorded>>& traces,
         elements += array_of(parameters_[indices[members[end++]]]).size();
       }
       run_some(traces, {members.begin() + begin, members.begin() + end},
-               indices, trace_of, scalars, state_dtype, previous);
+               indices, trace_of, scalars, numbers, state_dtype, previous);
       begin = end;
     }
   }
@@ -517,6 +518,7 @@ void Leaves::run_some(const std::vector<std::shared_ptr<Recorded>>& traces,
                       const std::vector<size_t>& indices,
                       const std::vector<uint32_t>& trace_of,
                       const Scalars& scalars,
+                      const std::vector<Numbers>& numbers,
                       const std::optional<mx::Dtype>& state_dtype,
                       Arrays& previous) {
   const auto trace = [&](size_t j) -> const Trace& {
@@ -572,6 +574,7 @@ void Leaves::run_some(const std::vector<std::shared_ptr<Recorded>>& traces,
       request.scalars.values[gradient_scale] = std::nullopt;
     }
     request.after = previous;
+    request.numbers = numbers;
     std::map<uint32_t, uint32_t> set_of, row_of;
     for (size_t j = 0; j < members.size(); ++j) {
       const auto& stage = stage_of(j);

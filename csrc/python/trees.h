@@ -65,10 +65,11 @@ class Leaves {
   }
 
   // Updates the leaves of these indices by what was recorded: trace_of is of
-  // each. The request has the scalars alone.
+  // each. The numbers, if given, are of all leaves.
   void run(const std::vector<std::shared_ptr<Recorded>>& traces,
            const std::vector<size_t>& indices,
            const std::vector<uint32_t>& trace_of, const Scalars& scalars,
+           const std::vector<Numbers>& numbers,
            const std::optional<mx::Dtype>& state_dtype, const Arrays& after);
 
   // What other ways of computing it made of a leaf.
@@ -105,6 +106,7 @@ class Leaves {
                 const std::vector<size_t>& members,
                 const std::vector<size_t>& indices,
                 const std::vector<uint32_t>& trace_of, const Scalars& scalars,
+                const std::vector<Numbers>& numbers,
                 const std::optional<mx::Dtype>& state_dtype, Arrays& previous);
   // What MLX's graph has of a leaf: its arrays without codes and errors.
   void set_leaf(Values& values, const Trace& trace, size_t index,

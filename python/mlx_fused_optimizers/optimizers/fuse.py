@@ -192,6 +192,7 @@ class Fused(FusedOptimizer):
                 seed=self._seed(),
                 state_dtype=self._plain_dtype(),
                 after=after,
+                numbers=self._numbers(leaves),
             )
 
         if not clip.chunks:
