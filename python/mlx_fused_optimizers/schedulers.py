@@ -35,7 +35,9 @@ class _Schedule:
         self._again = again
 
     def __call__(self, step: Any) -> Any:
-        if not isinstance(step, (int, float)) and not hasattr(step, "__array__"):
+        # MLX's own arrays have no __array__ before 0.32.
+        is_number = isinstance(step, (int, float, mx.array))
+        if not is_number and not hasattr(step, "__array__"):
             raise TypeError(
                 f"step is of type {type(step).__name__}; expected a number or an array"
             )

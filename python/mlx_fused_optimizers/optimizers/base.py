@@ -748,7 +748,8 @@ class Optimizer(stock.Optimizer):
         """The count, in a dtype that can go on counting: float16 ends at 2048."""
         if isinstance(step, mx.array) and step.dtype in (mx.float16, mx.bfloat16):
             return step.astype(mx.uint64)
-        if isinstance(step, (int, float)) or hasattr(step, "__array__"):
+        # MLX's own arrays have no __array__ before 0.32.
+        if isinstance(step, (int, float, mx.array)) or hasattr(step, "__array__"):
             return step
         raise TypeError(
             f"[{type(self).__name__}] step is of type {type(step).__name__}; expected "
