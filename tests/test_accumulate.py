@@ -20,6 +20,7 @@ from mlx_fused_optimizers import _ext
 from support import (
     FLOATS,
     LAYOUTS,
+    MLX_VERSION,
     PARTLY_FUSED,
     assert_trees_match,
     copy_tree,
@@ -425,6 +426,8 @@ def test_other_dtypes(dtype: mx.Dtype) -> None:
             ours.call(g)
         plain.call(mean_of(wide[:3]))
         tolerance = 1e-14 if dtype == mx.float64 else 1e-6
+        if MLX_VERSION < (0, 32, 0):  # it adds numbers to float64 in float32
+            tolerance = max(tolerance, 1e-10)
         assert_trees_match(ours.parameters, plain.parameters, tolerance, tolerance)
 
 

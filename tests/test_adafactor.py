@@ -14,6 +14,7 @@ from support import (
     assert_trees_match,
     copy_tree,
     leaves_of,
+    more_dimensions_in_adafactor,
     random_array,
     snapshot,
     to_numpy,
@@ -153,6 +154,7 @@ def test_half_precision_is_float32_rounded_once(
     assert all(x.dtype == dtype for x in mine.values())
 
 
+@more_dimensions_in_adafactor
 @every_option
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_half_precision_is_closer_to_float64_than_stocks(
@@ -196,6 +198,7 @@ def test_means_of_squares_that_leave_float16(backend: str, scale: float) -> None
     assert all(float(mx.max(x)) <= 65504 for x in state.values())
 
 
+@more_dimensions_in_adafactor
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_all_options_together(backend: str, compiled: bool, dtype: mx.Dtype) -> None:

@@ -20,6 +20,7 @@ import pytest
 from conftest import SIMULATOR
 from mlx.utils import tree_flatten, tree_map
 from mlx_fused_optimizers._kernels import kernels
+from support import more_dimensions_in_adafactor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -685,6 +686,7 @@ def test_classes_instances_copies_and_pickles(backend: str) -> None:
         assert_close(other.apply_gradients(gradients, ours), wanted, 0)
 
 
+@more_dimensions_in_adafactor
 @on_the_cpu
 def test_stock_and_its_subclasses(backend: str) -> None:
     """Every optimizer of mlx.optimizers; of a subclass the user's apply_single."""

@@ -24,7 +24,7 @@ import mlx_fused_optimizers as opt
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from support import leaves_of, to_numpy
+from support import MLX_VERSION, leaves_of, more_dimensions_in_adafactor, to_numpy
 
 FILE = os.environ.get("MLX_OPTIMIZER_TESTS")
 # Found as a program that walks the module would.
@@ -127,6 +127,7 @@ def test_an_implicit_init_comes_with_the_first_step(backend: str) -> None:
             np.testing.assert_allclose(to_numpy(moment), value, rtol=1e-5)
 
 
+@pytest.mark.skipif(MLX_VERSION < (0, 32, 0), reason="MLX takes an eps of 0 there")
 @pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "AdaDelta"])
 def test_an_epsilon_that_would_divide_by_zero(name: str) -> None:
     for eps in (-1.0, 0.0):
@@ -176,6 +177,7 @@ def test_adafactor_without_arguments(
     assert optimizer.state["step"] == 2
 
 
+@more_dimensions_in_adafactor
 def test_adafactors_estimate_is_an_outer_product(backend: str) -> None:
     row = mx.array([[1.0, 4.0, 9.0], [16.0, 25.0, 36.0]])
     column = mx.array([[1.0, 4.0, 9.0, 16.0], [25.0, 36.0, 49.0, 64.0]])

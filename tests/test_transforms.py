@@ -8,7 +8,14 @@ import mlx.core as mx
 import mlx_fused_optimizers as optim
 import numpy as np
 import pytest
-from support import every_fused_optimizer, leaves_of, oracle, random_array, to_numpy
+from support import (
+    MLX_VERSION,
+    every_fused_optimizer,
+    leaves_of,
+    oracle,
+    random_array,
+    to_numpy,
+)
 
 X = random_array(np.random.default_rng(0), (4, 3), mx.float32)
 START = random_array(np.random.default_rng(1), (3,), mx.float32)
@@ -58,6 +65,7 @@ def test_gradients_of_first_and_second_order(
     assert_close(a, b)
 
 
+@pytest.mark.skipif(MLX_VERSION < (0, 32, 0), reason="jvp of mx.where ends the process")
 @every_fused_optimizer
 def test_forward_mode(backend: str, name: str, options: dict[str, Any]) -> None:
     tangent = mx.array([1.0, -2.0, 0.5])
