@@ -558,7 +558,7 @@ def _restored(value: tuple[Any, Any], now: Any) -> Any:
         or (x.dtype, x.shape) != (before.dtype, before.shape)
     ):
         return before
-    x[...] = before
+    x[()] = before  # x[...] fails before MLX 0.32
     return x
 
 
