@@ -57,7 +57,8 @@ def speed(report: dict[str, Any]) -> Any:
     """Milliseconds of a step, ours beside ``mlx.optimizers``."""
     from matplotlib import pyplot
 
-    rows = {(row["set"], row["optimizer"]): row for row in report["rows"]["steps"]}
+    steps = report["rows"]["steps"]
+    rows = {(r["set"], r["optimizer"]): r for r in steps if r["dtype"] == "float32"}
     figure, axes = pyplot.subplots(figsize=(8, 4.8))
     for i, step in enumerate(STEPS):
         found = rows[step]
