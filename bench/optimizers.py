@@ -8,10 +8,9 @@ process; the table has medians of times, and of ratios of rounds. Writes
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx_fused_optimizers as optim
@@ -42,13 +41,6 @@ CASES: list[tuple[str, str, dict[str, Any], int]] = [
 ]
 
 
-class Choice(NamedTuple):
-    """What to measure with."""
-
-    gradients: models.Gradients
-    rounds: int
-
-
 def a_step(name: str, options: dict[str, Any], gradients: models.Gradients) -> Any:
     """A step that keeps what it updates, but for gradients that it may overwrite."""
     optimizer = getattr(optim, name)(learning_rate=1e-4, **options)
@@ -64,24 +56,6 @@ def a_step(name: str, options: dict[str, Any], gradients: models.Gradients) -> A
     return step
 
 
-def measure(
-    case: tuple[str, str, dict[str, Any], int], choice: Choice
-) -> dict[str, Any]:
-    """A row of the table."""
-    label, name, options, moved = case
-    steps = {
-        "AdamW": a_step("AdamW", {"bias_correction": True}, choice.gradients),
-        label: a_step(name, options, choice.gradients),
-    }
-    times = interleave(steps, choice.rounds)
-    return {
-        "optimizer": label,
-        "bytes moved": moved,
-        "milliseconds": round(1000 * times.median(label), 1),
-        "of AdamW's": round(times.ratio(label, "AdamW"), 2),
-    }
-
-
 def main() -> int:
     """Measure, write and print; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -91,17 +65,23 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    if not mx.is_available(mx.gpu):
-        mx.set_default_device(mx.cpu)
+    device = "gpu" if mx.is_available(mx.gpu) else "cpu"
+    mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
     gradients = models.decoder(peers.DTYPES["float32"], width=chosen.width)
+    usual = a_step("AdamW", {"bias_correction": True}, gradients)
     rows = []
-    for case in tqdm(CASES, unit="optimizer", disable=None):
-        rows.append(measure(case, Choice(gradients, chosen.rounds)))
-        gc.collect()
-        mx.clear_cache()
-    machine = report.machine(
-        str(mx.default_device().type).split(".")[-1], chosen.rounds
-    )
+    for label, name, options, moved in tqdm(CASES, unit="optimizer", disable=None):
+        steps = {"AdamW": usual, label: a_step(name, options, gradients)}
+        times = interleave(steps, chosen.rounds)
+        rows.append(
+            {
+                "optimizer": label,
+                "bytes moved": moved,
+                "milliseconds": round(1000 * times.median(label), 1),
+                "of AdamW's": round(times.ratio(label, "AdamW"), 2),
+            }
+        )
+    machine = report.machine(device, chosen.rounds)
     machine.pop("torch")
     count = sum(x.size for x in gradients.values())
     named = ", ".join(f"{key} {value}" for key, value in machine.items())
