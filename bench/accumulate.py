@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -188,16 +187,12 @@ def main() -> int:
     for key in ("rounds", "torch"):
         machine.pop(key)
     result = {"machine": machine, "settings": sizes, "rows": rows}
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "accumulate.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    named = ", ".join(f"{key} {value}" for key, value in machine.items())
     table = report.table([{"k": row["k"], **row["bytes a parameter"]} for row in rows])
     notes = NOTES.format(count=count)
-    text = f"# Gradient accumulation\n\n{named}.\n\n{notes}\n{table}"
-    (options.output / "accumulate.md").write_text(text)
-    chart(rows, options.output / "accumulate.png")
-    print(text, end="")
+    text = f"# Gradient accumulation\n\n{report.named(machine)}.\n\n{notes}\n{table}"
+    path = options.output / "accumulate.json"
+    report.save(path, result, text)
+    chart(rows, path.with_suffix(".png"))
     return 0
 
 

@@ -16,7 +16,6 @@ bench/results.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -288,7 +287,7 @@ a rounding, the larger the smaller the learning rate is, and no figure of the st
 
 
 def markdown(report_: dict[str, Any]) -> str:
-    named = ", ".join(f"{key} {value}" for key, value in report_["machine"].items())
+    named = report.named(report_["machine"])
     every = [
         one
         for task in report_["tasks"].values()
@@ -424,13 +423,9 @@ def main() -> int:
     }
     settings["text"] = options.text.name
     result = {"machine": machine, "settings": settings, "tasks": results}
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "convergence.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    (options.output / "convergence.md").write_text(text)
-    chart(results, options.output / "convergence.png")
-    print(text, end="")
+    report.save(path, result, markdown(result))
+    chart(results, path.with_suffix(".png"))
     return 0
 
 

@@ -256,7 +256,6 @@ def main() -> int:
     for ranks in options.ranks:
         rows.append(row_of(ranks, run_ranks(ranks, arguments), bandwidth))
         print(json.dumps(rows[-1]), flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "distributed.json"
     # Rows of other bandwidths and numbers of ranks stay.
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -264,12 +263,10 @@ def main() -> int:
     kept = [row for row in kept if (row["ranks"], row["bandwidth"]) not in own]
     rows = sorted([*kept, *rows], key=lambda row: (row["bandwidth"], row["ranks"]))
     machine = {**report.machine("cpu", options.steps), "load": os.getloadavg()[0]}
-    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    named = ", ".join(f"{key} {value}" for key, value in machine.items())
+    named = report.named(machine)
     text = f"# A step on several ranks\n\n{named}.\n\n{report.table(rows)}"
-    path.with_suffix(".md").write_text(text)
+    report.save(path, {"machine": machine, "rows": rows}, text)
     chart(rows, path.with_suffix(".png"))
-    print(text)
     return 0
 
 

@@ -3,7 +3,7 @@
 A step of each on the real gradients of a decoder of 30M parameters: the class as it is,
 the same under ``mx.compile``, fused, and beside them our built-in Adam. Times are
 medians of rounds in which all take turns, ratios the medians of the rounds' ratios.
-Writes ``fuse.json`` to bench/results.
+Writes ``fuse.json`` and ``fuse.md`` to bench/results.
 
 To reach: at least 3 times as fast as the class compiled, and at most 2.5 times our Adam
 for each array that is read or written.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from typing import Any
 import mlx.core as mx
 import mlx_fused_optimizers as optim
 from mlx_fused_optimizers._kernels import kernels
+from tqdm import tqdm
 
-from . import models
+from . import models, report
 from .published import PUBLISHED
 from .timing import interleave
 
@@ -92,11 +92,15 @@ def measure(name: str, gradients: models.Gradients, rounds: int) -> dict[str, An
     moved = moves(fused)
     return {
         "optimizer": name,
-        **{f"{label} ms": 1e3 * times.median(label) for label in steps},
+        **{f"{label} ms": round(1e3 * times.median(label), 1) for label in steps},
         "arrays moved": moved,
-        "times as fast as the class": times.ratio("class", "fused"),
-        "times as fast as the class compiled": times.ratio("class compiled", "fused"),
-        "times Adam for each array": times.ratio("fused", "Adam") * ADAM_MOVES / moved,
+        "times as fast as the class": round(times.ratio("class", "fused"), 2),
+        "times as fast as the class compiled": round(
+            times.ratio("class compiled", "fused"), 2
+        ),
+        "times Adam for each array": round(
+            times.ratio("fused", "Adam") * ADAM_MOVES / moved, 2
+        ),
     }
 
 
@@ -111,20 +115,18 @@ def main() -> None:
     mx.random.seed(0)
     gradients = models.decoder(mx.float32, layers=chosen.layers)
     count = sum(x.size for x in gradients.values())
-    print(f"{count / 1e6:.1f}M parameters in {len(gradients)} tensors")
     rows = []
-    for name in chosen.optimizers:
+    for name in tqdm(chosen.optimizers, unit="optimizer", disable=None):
         rows.append(measure(name, gradients, chosen.rounds))
-        print(
-            ", ".join(
-                f"{k} {v:.4g}" if k != "optimizer" else v for k, v in rows[-1].items()
-            )
-        )
         gc.collect()
         mx.clear_cache()
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"parameters": count, "rows": rows}, indent=2)
-    (chosen.output / "fuse.json").write_text(text + "\n")
+    machine = report.machine("cpu", chosen.rounds)
+    text = (
+        f"# Optimizers of others, fused\n\n{report.named(machine)}.\n\nA decoder of "
+        f"{count:,} parameters, with its own gradients.\n\n{report.table(rows)}"
+    )
+    result = {"machine": machine, "parameters": count, "rows": rows}
+    report.save(chosen.output / "fuse.json", result, text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,7 +188,7 @@ def columns(found: Row) -> Row:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    named = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    named = report.named(result["machine"])
     notes = NOTES.format(count=result["rows"][0]["parameters"])
     table = report.table([columns(found) for found in result["rows"]])
     return f"# Memory\n\n{named}.\n\n{notes}\n{table}"
@@ -289,13 +288,9 @@ def main() -> int:
     for key in ("rounds", "torch"):
         machine.pop(key)
     result = {"machine": machine, "settings": sizes, "rows": rows}
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "memory.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    (options.output / "memory.md").write_text(text)
-    chart(rows, options.output / "memory.png")
-    print(text, end="")
+    report.save(path, result, markdown(result))
+    chart(rows, path.with_suffix(".png"))
     return 0
 
 

@@ -8,7 +8,6 @@ process; the table has medians of times, and of ratios of rounds. Writes
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +83,13 @@ def main() -> int:
     machine = report.machine(device, chosen.rounds)
     machine.pop("torch")
     count = sum(x.size for x in gradients.values())
-    named = ", ".join(f"{key} {value}" for key, value in machine.items())
+    named = report.named(machine)
     text = (
         f"# A step of each optimizer\n\n{named}.\n\nA decoder of {count:,} parameters, "
         f"with its own gradients, float32.\n\n{report.table(rows)}"
     )
-    chosen.output.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "parameters": count, "rows": rows}
-    (chosen.output / "optimizers.json").write_text(json.dumps(result, indent=1) + "\n")
-    (chosen.output / "optimizers.md").write_text(text)
-    print(text, end="")
+    report.save(chosen.output / "optimizers.json", result, text)
     return 0
 
 

@@ -42,15 +42,24 @@ def machine(device: str, rounds: int) -> dict[str, Any]:
 
 def write(rows: dict[str, Rows], device: str, rounds: int, folder: Path) -> None:
     """``bench.json``, with what other runs left there of other parts; the rest."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bench.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else {}
     report = {"machine": machine(device, rounds), "rows": kept | rows}
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
-    (folder / "bench.md").write_text(text)
+    save(path, report, markdown(report))
     charts(report["rows"], folder)
-    print(text)
+
+
+def save(path: Path, result: dict[str, Any], text: str) -> None:
+    """A benchmark's results: as JSON at this path, as Markdown beside it, printed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text)
+    print(text, end="")
+
+
+def named(machine: dict[str, Any]) -> str:
+    """A machine in a line."""
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -75,8 +84,7 @@ def table(rows: Rows) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """All parts."""
-    named = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    parts = [f"# What a step costs\n\n{named}.\n"]
+    parts = [f"# What a step costs\n\n{named(report['machine'])}.\n"]
     parts += [f"## {part}\n\n{table(rows)}" for part, rows in report["rows"].items()]
     return "\n".join(parts)
 

@@ -703,22 +703,24 @@ void turn_squares(const T* in, const T* next, int64_t column_stride,
   // Few enough for what is fetched to be there still when its turn comes.
   constexpr size_t ahead = 64;
   const size_t square_rows = rows / square * square;
-  const size_t square_columns = columns / width * width;
+  const size_t square_columns = columns / square * square;
   const auto place = [column_stride](size_t row, size_t column) {
     return row + static_cast<int64_t>(column) * column_stride;
   };
   for (size_t column = 0; column < square_columns; column += width) {
+    const size_t left = square_columns - column;
+    const size_t count = left < width ? left : width;
     const T* fetched = column + ahead < square_columns
                            ? in + place(0, column + ahead)
                        : next ? next + place(0, column + ahead - square_columns)
                               : nullptr;
-    for (size_t i = 0; i < width && fetched; ++i) {
+    for (size_t i = 0; i < count && fetched; ++i) {
       for (size_t row = 0; row < rows; row += width) {
         __builtin_prefetch(fetched + place(row, i));
       }
     }
     for (size_t row = 0; row < square_rows; row += square) {
-      for (size_t i = 0; i < width; i += square) {
+      for (size_t i = 0; i < count; i += square) {
         turn_square(in + place(row, column + i), column_stride,
                     out + row * columns + column + i, columns);
       }

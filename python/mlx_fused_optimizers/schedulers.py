@@ -27,6 +27,13 @@ Schedule = Callable[[Any], mx.array]
 P = ParamSpec("P")
 
 
+def is_number_or_array(value: Any) -> bool:
+    """Whether it is one, of Python, MLX, NumPy or others."""
+    # MLX's own arrays have no __array__ before 0.32.
+    is_known = isinstance(value, (int, float, mx.array))
+    return is_known or hasattr(value, "__array__")
+
+
 class _Schedule:
     """A schedule, and how it was made, which is what a copy is made from."""
 
@@ -35,9 +42,7 @@ class _Schedule:
         self._again = again
 
     def __call__(self, step: Any) -> Any:
-        # MLX's own arrays have no __array__ before 0.32.
-        is_number = isinstance(step, (int, float, mx.array))
-        if not is_number and not hasattr(step, "__array__"):
+        if not is_number_or_array(step):
             raise TypeError(
                 f"step is of type {type(step).__name__}; expected a number or an array"
             )

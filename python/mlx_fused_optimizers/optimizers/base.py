@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from .._formats import AVERAGE, HALF_DTYPES, HELD, SUM, has_shape, is_error
 from .._kernels import kernels
+from ..schedulers import is_number_or_array
 from ..shards import (
     Sharded,
     Shards,
@@ -83,9 +84,8 @@ def parts_of(optimizer: stock.Optimizer) -> list[stock.Optimizer]:
 
 def as_array(value: Any) -> Any:
     """An array of what upstream takes in its place: a number, or NumPy's arrays."""
-    is_convertible = isinstance(value, (int, float)) or hasattr(value, "__array__")
     is_array = isinstance(value, mx.array)
-    return mx.array(value) if is_convertible and not is_array else value
+    return mx.array(value) if is_number_or_array(value) and not is_array else value
 
 
 def check_tree(argument: str, tree: Any) -> None:
@@ -360,8 +360,7 @@ class Optimizer(stock.Optimizer):
 
     def _number(self, name: str, value: Any) -> mx.array:
         """An array of its own; one element is a scalar."""
-        is_number = isinstance(value, (int, float, list, tuple, mx.array))
-        if not is_number and not hasattr(value, "__array__"):
+        if not is_number_or_array(value) and not isinstance(value, (list, tuple)):
             raise TypeError(
                 f"[{type(self).__name__}] {name} is of type {type(value).__name__}; "
                 "expected a scalar"
@@ -748,8 +747,7 @@ class Optimizer(stock.Optimizer):
         """The count, in a dtype that can go on counting: float16 ends at 2048."""
         if isinstance(step, mx.array) and step.dtype in (mx.float16, mx.bfloat16):
             return step.astype(mx.uint64)
-        # MLX's own arrays have no __array__ before 0.32.
-        if isinstance(step, (int, float, mx.array)) or hasattr(step, "__array__"):
+        if is_number_or_array(step):
             return step
         raise TypeError(
             f"[{type(self).__name__}] step is of type {type(step).__name__}; expected "
