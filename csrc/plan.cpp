@@ -420,7 +420,7 @@ Norm sums_of_squares(const Arrays& arrays, const mx::array& max_norm,
   const auto outputs =
       trusted ? SumsOfSquares::make_outputs(arrays, limit, counts, stream)
               : composed_sums(counts, stream)(inputs);
-  return {outputs[0], outputs[1], outputs[2]};
+  return {outputs[0], outputs[1], outputs[2], outputs[3]};
 }
 
 Arrays scale(Arrays arrays, const mx::array& factor, mx::StreamOrDevice s) {

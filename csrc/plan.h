@@ -51,11 +51,12 @@ struct Request {
 void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s = {});
 
 // The sums of squares of arrays of kernels' dtypes, their norm and the clip
-// factor, or how many of their elements are not zero, as SumsOfSquares.
+// factor and the carry, or how many of their elements are not zero, as SumsOfSquares.
 struct Norm {
   mx::array sums;
   mx::array norm;
   mx::array factor;
+  mx::array carry;
 };
 Norm sums_of_squares(const Arrays& arrays, const mx::array& max_norm,
                      bool counts = false, mx::StreamOrDevice s = {});

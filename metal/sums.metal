@@ -94,6 +94,7 @@ METAL_FUNC void sum_tile(
     device float* sums [[buffer(4)]],
     device float* norm [[buffer(5)]],
     device float* factor [[buffer(6)]],
+    device float* carry [[buffer(7)]],
     uint thread_index [[thread_position_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -119,6 +120,8 @@ METAL_FUNC void sum_tile(
         usual - usual == 0 ? usual : metal::precise::sqrt(total.y) / norm_scale;
     const float ratio = max_norm / (root + 1e-6f);
     norm[0] = root;
+    carry[0] = root;
+    carry[1] = 0;
     // A norm that is not a number makes every gradient so, as in MLX.
     factor[0] = ratio > 1 ? 1 : ratio;
   }

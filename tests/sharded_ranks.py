@@ -178,8 +178,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
             ),
             **options,
         ),
-        # Adafactor adds in the order of the gradient's memory.
-        {"contiguous": name == "Adafactor"},
+        {},
     )
     for number, (name, options) in enumerate(ALL_OPTIMIZERS)
 }

@@ -113,6 +113,18 @@ def test_other_dtypes_empty_trees_and_bad_values(backend: str) -> None:
         optim.clip_grad_norm({"w": mx.ones(3)}, -1.0)
 
 
+@pytest.mark.parametrize("dtype", [mx.float64, mx.complex64], ids=str)
+def test_only_arrays_without_elements(dtype: mx.Dtype) -> None:
+    """Of dtypes that no kernel has, among options that reduce."""
+    mx.set_default_device(mx.cpu)
+    tree = {"a": mx.zeros((0, 0), dtype), "b": mx.zeros((1, 0), dtype)}
+    for make in (optim.LAMB, optim.AdamW):
+        options = {"cautious": True} if make is optim.AdamW else {}
+        optimizer: Any = make(0.1, max_grad_norm=1.0, **options)
+        assert_trees_match(optimizer.apply_gradients(tree, tree), tree, 0)
+        assert optimizer.grad_norm.item() == 0
+
+
 def test_gradient_through_clipping(backend: str) -> None:
     x = mx.array([3.0, -4.0, 1.0])
 

@@ -171,6 +171,26 @@ assert mx.array_equal(magnitude(updated), magnitude(expected))
     )
 
 
+def test_a_norm_in_parts_is_the_norm_to_the_bit() -> None:
+    """A step by the last norm takes it so; a ShardedOptimizer at once."""
+    mx.set_default_device(mx.cpu)
+    rng = np.random.default_rng(0)
+    for exponent in (-100, -20, 0, 20, 100):  # squares overflow, and vanish
+        scale = np.float32(2.0) ** np.float32(exponent)
+        for _ in range(50):
+            values = rng.standard_normal((10, 1000)).astype(np.float32) * scale
+            rows = [mx.array(row) for row in values]
+            _, whole, *_ = _ext.sums_of_squares(rows, mx.array(1.0))
+            carry = mx.array(0.0)
+            for row in rows:
+                _, norm, _, carry = _ext.sums_of_squares([row, carry], mx.array(1.0))
+            assert norm.item() == whole.item()
+    for bad in (mx.inf, mx.nan):
+        _, _, _, carry = _ext.sums_of_squares([mx.array([1.0, bad])], mx.array(1.0))
+        _, norm, *_ = _ext.sums_of_squares([carry, mx.array([1.0])], mx.array(1.0))
+        assert str(norm.item()) == str(bad)
+
+
 def test_refused_arguments_name_what_was_given() -> None:
     one = mx.array(1.0)
     leaves = _ext.Leaves([one], [one], [{"m": one, "v": one}])

@@ -242,12 +242,13 @@ def test_norms_and_scaling() -> None:
         actual, expected = (
             k.sums_of_squares(given, mx.array(2.0)) for k in (_plain, _ext)
         )
-        for x, y in zip(actual, expected, strict=True):
+        # How a later call goes on is each one's own.
+        for x, y in zip(actual[:-1], expected[:-1], strict=True):
             assert (x.dtype, x.shape) == (y.dtype, y.shape)
             np.testing.assert_allclose(to_numpy(x), to_numpy(y), rtol=2e-6)
     # Summed in one chain, squares of a shorter array lose digits, too.
     chain = [mx.broadcast_to(mx.array([0.9]), (1984,)), mx.array([1.0])]
-    _, norm, _ = _plain.sums_of_squares(chain, mx.array(2.0))
+    _, norm, *_ = _plain.sums_of_squares(chain, mx.array(2.0))
     assert norm.item() == pytest.approx((0.81 * 1984 + 1) ** 0.5, rel=1e-6)
     factor = mx.array(0.37)
     pairs = zip(_plain.scale(arrays, factor), _ext.scale(arrays, factor), strict=True)

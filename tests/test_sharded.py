@@ -61,11 +61,6 @@ def test_two_ranks_are_one_process_to_the_bit(
 ) -> None:
     """Parameters, norms and, in the checkpoint, the whole state; skips too."""
     alone, ranks = results
-    if case == "last":  # whose norm is rounded on the way
-        for key in ("sums", "norm"):
-            for rank in ranks:
-                assert rank[case][key] == pytest.approx(alone[case][key], rel=1e-5)
-        return
     for rank in ranks:
         for key in ("parameters", "step", "norm"):
             assert rank[case][key] == alone[case][key], key

@@ -660,7 +660,8 @@ void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       [kept = std::move(kept), views = std::move(views),
        sizes = std::move(sizes), counts = std::move(counts), counting = counts_,
        max_norm = inputs.back().data<float>(), sums = outputs[0].data<float>(),
-       norm = outputs[1].data<float>(), factor = outputs[2].data<float>()] {
+       norm = outputs[1].data<float>(), factor = outputs[2].data<float>(),
+       carry = outputs[3].data<float>()] {
         const auto sum_up = [](const auto& values) {
           return std::accumulate(
               values.begin(), values.end(),
@@ -693,6 +694,11 @@ void SumsOfSquares::eval_cpu(const Arrays& inputs, Arrays& outputs) {
                                 ? std::sqrt(total)
                                 : std::sqrt(sum_all(norm_scale)) / norm_scale;
         *norm = static_cast<float>(root);
+        const bool is_above = *norm > root;
+        carry[0] = is_above ? std::nextafter(*norm, 0.0f) : *norm;
+        const double rest = (root - carry[0]) * (root + carry[0]);
+        carry[1] =
+            std::isfinite(rest) ? static_cast<float>(std::sqrt(rest)) : 0;
         *factor = std::min(*max_norm / (*norm + 1e-6f), 1.0f);
       });
 }

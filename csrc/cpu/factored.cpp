@@ -217,7 +217,7 @@ struct Tensor {
   float scale = 1;
   // Between the passes; of the matrices as they are walked.
   std::vector<float> down = {}, across = {};  // sums, then factors
-  std::vector<float> band_sums = {};          // of the columns of each band
+  std::vector<double> band_sums = {};         // of the columns of each band
   std::vector<double> parameter_sums = {}, update_sums = {};
   float scaled_rate = 0, clipped_rate = 0;
 
@@ -380,15 +380,14 @@ class Task {
     const auto& m = t.walked;
     t.cut.each(
         piece, [&](int64_t matrix, int64_t band, int64_t row, int64_t end) {
-          float* columns =
+          double* columns =
               t.band_sums.data() + (matrix * t.cut.bands + band) * m.columns;
           for (; row < end; ++row) {
             double sum = 0;
             for (int64_t column = 0; column < m.columns; column += segment) {
               const int64_t n = std::min(segment, m.columns - column);
               const float* g = m.load(matrix, row, column, n, t.scale, buffer);
-              float* sums = columns + column;
-              sum += cpu::loops().sum_squares(g, n, sums);
+              sum += cpu::loops().sum_squares(g, n, columns + column);
             }
             t.down[matrix * m.rows + row] = static_cast<float>(sum);
           }
@@ -410,15 +409,14 @@ class Task {
   void update_means(Tensor& t) const {
     const auto& m = t.walked;
     for (int64_t matrix = 0; matrix < m.count; ++matrix) {
-      float* sums = t.across.data() + matrix * m.columns;
-      const float* band = t.band_sums.data() + matrix * t.cut.bands * m.columns;
-      std::copy_n(band, m.columns, sums);
+      double* sums = t.band_sums.data() + matrix * t.cut.bands * m.columns;
       for (int64_t i = 1; i < t.cut.bands; ++i) {
-        band += m.columns;
+        const double* band = sums + i * m.columns;
         for (int64_t j = 0; j < m.columns; ++j) {
           sums[j] += band[j];
         }
       }
+      std::copy_n(sums, m.columns, t.across.data() + matrix * m.columns);
     }
     const auto& g = t.gradient;
     update_mean(t, means_, g.columns, g.rows, t.column_factors());

@@ -8,11 +8,12 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// The sum of f(i)^2, in lanes that every instruction set adds in one order.
-// Calls done(i, f(i)^2) for each.
+// The sum of f(i)^2, in double precision, so that it is the same, but for once
+// in some millions, in whatever order a matrix is walked. Calls done(i, f(i)^2)
+// for each.
 template <typename F, typename Done>
 inline double sum_squares_of(size_t n, F f, Done done) {
-  float lanes[sum_lanes] = {};
+  double lanes[sum_lanes] = {};
   size_t i = 0;
   for (; i + sum_lanes <= n; i += sum_lanes) {
     for (size_t lane = 0; lane < sum_lanes; ++lane) {
@@ -34,7 +35,7 @@ inline double sum_squares_of(size_t n, F f, Done done) {
   return sum;
 }
 
-double sum_squares(const float* x, size_t n, float* __restrict columns) {
+double sum_squares(const float* x, size_t n, double* __restrict columns) {
   const auto value = [=](size_t i) { return x[i]; };
   return columns ? sum_squares_of(
                        n, value,

@@ -103,7 +103,7 @@ struct Loops {
 
   // The sum of n squares, each of which is added to its column too, if these
   // are given.
-  double (*sum_squares)(const float* x, size_t n, float* columns);
+  double (*sum_squares)(const float* x, size_t n, double* columns);
   // The sum of squares of the direction of Adafactor's update.
   double (*sum_direction)(float row, const float* columns, const float* g,
                           size_t n);

@@ -336,6 +336,11 @@ Function composed_sums(bool counts, mx::Stream stream) {
     const auto sums_of = [&](const mx::array& scale) {
       Arrays sums;
       for (size_t i = 0; i + 1 < inputs.size(); ++i) {
+        // MLX may not return from the sum of an array without elements.
+        if (inputs[i].size() == 0) {
+          sums.push_back(mx::array(0.0f));
+          continue;
+        }
         auto x = mx::astype(inputs[i], mx::float32);
         if (counts) {
           x = mx::astype(mx::not_equal(x, mx::array(0.0f)), mx::float32);
@@ -350,7 +355,7 @@ Function composed_sums(bool counts, mx::Stream stream) {
     const auto norm = mx::sqrt(mx::sum(sums_of(scale))) / scale;
     const auto factor =
         mx::minimum(inputs.back() / (norm + mx::array(1e-6f)), mx::array(1.0f));
-    return Arrays{all, norm, factor};
+    return Arrays{all, norm, factor, mx::stack({norm, mx::zeros({})})};
   };
 }
 

@@ -11,10 +11,10 @@ Arrays SumsOfSquares::make_outputs(const Arrays& arrays,
                                    mx::Stream stream) {
   auto inputs = arrays;
   inputs.push_back(max_norm);
-  return mx::array::make_arrays({{static_cast<int>(arrays.size())}, {}, {}},
-                                {mx::float32, mx::float32, mx::float32},
-                                std::make_shared<SumsOfSquares>(counts, stream),
-                                inputs);
+  return mx::array::make_arrays(
+      {{static_cast<int>(arrays.size())}, {}, {}, {2}},
+      std::vector(4, mx::float32),
+      std::make_shared<SumsOfSquares>(counts, stream), inputs);
 }
 
 MLX_FUSED_COMPOSED_TRANSFORMS(SumsOfSquares)

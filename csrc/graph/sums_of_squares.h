@@ -14,8 +14,10 @@ constexpr float norm_scale = 0x1p-80f;
 using mx::array;  // MLX's DEFINE_ macros name it without its namespace
 
 // Inputs: the arrays, then max_norm, a float32 scalar. Outputs, in float32: the
-// sums, one per array; the norm, the root of their sum; and the clip factor
-// min(max_norm / (norm + 1e-6), 1).
+// sums, one per array; the norm, the root of their sum; the clip factor
+// min(max_norm / (norm + 1e-6), 1); and two numbers whose squares add up to the
+// sum more exactly than the norm's does where it is summed in double precision.
+// With these among its arrays a later sum goes on as if there had been no cut.
 class SumsOfSquares : public mx::Primitive {
  public:
   SumsOfSquares(bool counts, mx::Stream stream)
@@ -31,7 +33,7 @@ class SumsOfSquares : public mx::Primitive {
     return counts_ == static_cast<const SumsOfSquares&>(other).counts_;
   }
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
-    return {{static_cast<int>(inputs.size()) - 1}, {}, {}};
+    return {{static_cast<int>(inputs.size()) - 1}, {}, {}, {2}};
   }
 
   static Arrays make_outputs(const Arrays& arrays, const mx::array& max_norm,

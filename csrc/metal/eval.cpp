@@ -433,7 +433,7 @@ void SumsOfSquares::eval_gpu(const Arrays& inputs, Arrays& outputs) {
   encoder.set_input_array(firsts, 1);
   encoder.set_bytes(static_cast<uint32_t>(count), 2);
   encoder.set_input_array(inputs.back(), 3);
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     encoder.set_output_array(outputs[i], 4 + i);
   }
   encoder.dispatch_threadgroups(MTL::Size(1, 1, 1), MTL::Size(threads, 1, 1));

@@ -124,11 +124,13 @@ NB_MODULE(MLX_FUSED_MODULE, m) {
       [](const mlx_fused::Arrays& arrays, const mlx::core::array& max_norm) {
         const auto result = mlx_fused::sums_of_squares(arrays, max_norm);
         warn_of_failures();
-        return std::tuple(result.sums, result.norm, result.factor);
+        return std::tuple(result.sums, result.norm, result.factor,
+                          result.carry);
       },
       "arrays"_a, "max_norm"_a,
-      "The sum of squares of each array, their global norm, and "
-      "min(max_norm / (norm + 1e-6), 1).");
+      "The sum of squares of each array, their global norm, "
+      "min(max_norm / (norm + 1e-6), 1), and an array that among others' has a "
+      "later call go on from this sum.");
   m.def(
       "count_nonzero",
       [](const mlx_fused::Arrays& arrays) {

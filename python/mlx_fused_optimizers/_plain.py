@@ -131,7 +131,7 @@ def written_slots(rule: str) -> tuple[int, list[int]]:
 
 def sums_of_squares(
     arrays: Sequence[mx.array], max_norm: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     for x in arrays:
         if x.dtype not in FUSED_DTYPES:
             raise ValueError(
@@ -149,7 +149,7 @@ def sums_of_squares(
     stacked = mx.stack(sums) if sums else mx.zeros((0,))
     norm = mx.sqrt(_sum(stacked)) * largest
     factor = mx.minimum(limit / (norm + 1e-6), 1.0)
-    return stacked * mx.square(largest), norm, factor
+    return stacked * mx.square(largest), norm, factor, norm
 
 
 def count_nonzero(arrays: Sequence[mx.array]) -> mx.array:
@@ -515,7 +515,7 @@ def known(count: mx.array) -> int | None:
 
 
 def _sum(x: mx.array) -> mx.array:
-    # MLX 0.32.4 may not return from reductions of arrays without elements.
+    # MLX may not return from the sum of an array without elements.
     if x.size == 0:
         return mx.array(0.0)
     # On the CPU mx.sum adds one after the other, and loses digits of long arrays: so

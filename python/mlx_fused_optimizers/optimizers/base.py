@@ -116,13 +116,23 @@ def measure(
         ours, _ = measure([gradients[i] for i in whole], max_norm)
         norms = [(x, measure([gradients[i] for i in y], max_norm)[0]) for x, y in parts]
         return measure([ours, *joint_norms(norms, ours)], max_norm)
+    norm, factor, _ = _measure_on(gradients, max_norm)
+    return norm, factor
+
+
+def _measure_on(
+    gradients: list[mx.array], max_norm: float | mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The same of whole arrays, and an array with which a later call goes on."""
     if any(g.dtype == mx.float64 for g in gradients):
-        return _measure_double(gradients, max_norm)
+        norm, factor = _measure_double(gradients, max_norm)
+        return norm, factor, norm
     if any(g.dtype not in FUSED_DTYPES for g in gradients):
         gradients = [mx.abs(g).astype(mx.float32) for g in gradients]
     limit = mx.array(max_norm, mx.float32).reshape(())
-    _, norm, factor = kernels.sums_of_squares(gradients, limit)
-    return norm, factor
+    _, *found = kernels.sums_of_squares(gradients, limit)
+    norm, factor, carry = found
+    return norm, factor, carry
 
 
 def clip_factor(max_norm: Any, norm: mx.array) -> mx.array:
@@ -134,6 +144,7 @@ def _measure_double(
     gradients: list[mx.array], max_norm: float | mx.array
 ) -> tuple[mx.array, mx.array]:
     magnitudes = [mx.abs(g).astype(mx.float64) for g in gradients if g.size > 0]
+    magnitudes.append(mx.zeros((1,), mx.float64))  # perhaps all are empty
     largest = mx.max(mx.stack([mx.max(x) for x in magnitudes]))
     # No square overflows then; an infinite gradient still gives an infinite norm.
     unit = mx.where(mx.isfinite(largest) & (largest > 0), largest, 1.0)
@@ -882,7 +893,7 @@ class Optimizer(stock.Optimizer):
     ) -> Clip:
         """The last norm's factor, and the norm in parts that need no other's."""
         gradients = leaves.gradients
-        total = mx.array(0.0)
+        total = carry = mx.array(0.0)
         chunks = []
         end = len(gradients)
         while end > 0:  # from the last, as they become ready
@@ -894,7 +905,8 @@ class Optimizer(stock.Optimizer):
             end = start
             # In a chain, as the updates: MLX would compute what all of the norms need
             # before the first update.
-            total, _ = measure([*(gradients[i] for i in chosen), total], limit)
+            parts = [*(gradients[i] for i in chosen), carry]
+            total, _, carry = _measure_on(parts, limit)
             chunks.append((chosen, total))
         factor = clip_factor(limit, self.state["grad_norm"])
         if number is not None:

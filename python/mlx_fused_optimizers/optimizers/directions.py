@@ -45,7 +45,7 @@ def cautious_sizes(updates: list[mx.array]) -> mx.array:
     if all(x.dtype in FUSED_DTYPES for x in updates):
         kept = kernels.count_nonzero(updates)
     else:
-        kept = mx.stack([mx.sum(_parts(x) != 0) for x in updates])
+        kept = mx.stack([_sum(_parts(x) != 0) for x in updates])
     sizes = mx.array([float(max(_parts(x).size, 1)) for x in updates])
     return 1 / mx.maximum(kept / sizes, 1e-3)
 
@@ -58,13 +58,18 @@ def trust_ratios(parameters: list[mx.array], updates: list[mx.array]) -> mx.arra
     """
     arrays = [*parameters, *updates]
     if all(x.dtype in FUSED_DTYPES for x in arrays):
-        sums, _, _ = kernels.sums_of_squares(arrays, mx.array(math.inf))
+        sums, *_ = kernels.sums_of_squares(arrays, mx.array(math.inf))
     else:
-        sums = mx.stack([mx.sum(mx.square(_parts(x))) for x in arrays])
+        sums = mx.stack([_sum(mx.square(_parts(x))) for x in arrays])
     squares = sums.astype(mx.float32)
     of_parameters, of_updates = squares[: len(updates)], squares[len(updates) :]
     has_both = (of_parameters > 0) & (of_updates > 0)
     return mx.where(has_both, mx.sqrt(of_parameters / of_updates), 1.0)
+
+
+def _sum(x: mx.array) -> mx.array:
+    # MLX may not return from the sum of an array without elements.
+    return mx.sum(x) if x.size > 0 else mx.array(0.0)
 
 
 def _parts(x: mx.array) -> mx.array:

@@ -574,7 +574,8 @@ class FusedOptimizer(Optimizer):
         if self.master_weights or self.stochastic_rounding or not (before or is_due):
             return
         pairs = zip(leaves.parameters, leaves.gradients, strict=True)
-        watched = [(p, g) for p, g in pairs if is_half(p) and p.ndim > 0]
+        # MLX may not return from the sum of an array without elements.
+        watched = [(p, g) for p, g in pairs if is_half(p) and p.ndim * p.size > 0]
         if not watched:
             return
         halves = [p for p, _ in watched]

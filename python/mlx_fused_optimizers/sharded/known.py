@@ -84,7 +84,7 @@ def _norm_on_gpu(gradients: list[mx.array]) -> mx.array:
             mx.abs(x).astype(mx.float32) if x.dtype not in FUSED_DTYPES else x
             for x in gradients
         ]
-        _, norm, _ = kernels.sums_of_squares(gradients, mx.array(math.inf))
+        _, norm, *_ = kernels.sums_of_squares(gradients, mx.array(math.inf))
     return norm.astype(mx.float64)
 
 
