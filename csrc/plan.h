@@ -51,7 +51,8 @@ struct Request {
 void fused_update(Tensors& tensors, Request request, mx::StreamOrDevice s = {});
 
 // The sums of squares of arrays of kernels' dtypes, their norm and the clip
-// factor and the carry, or how many of their elements are not zero, as SumsOfSquares.
+// factor and the carry, or how many of their elements are not zero, as
+// SumsOfSquares.
 struct Norm {
   mx::array sums;
   mx::array norm;

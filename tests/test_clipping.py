@@ -119,7 +119,7 @@ def test_only_arrays_without_elements(dtype: mx.Dtype) -> None:
     mx.set_default_device(mx.cpu)
     tree = {"a": mx.zeros((0, 0), dtype), "b": mx.zeros((1, 0), dtype)}
     for make in (optim.LAMB, optim.AdamW):
-        options = {"cautious": True} if make is optim.AdamW else {}
+        options: Any = {"cautious": True} if make is optim.AdamW else {}
         optimizer: Any = make(0.1, max_grad_norm=1.0, **options)
         assert_trees_match(optimizer.apply_gradients(tree, tree), tree, 0)
         assert optimizer.grad_norm.item() == 0
