@@ -346,8 +346,8 @@ std::optional<std::string> check_sums(mx::Dtype dtype, bool counts,
   auto actual = SumsOfSquares::make_outputs(inputs, limit, counts, stream);
   inputs.push_back(limit);
   auto expected = composed_sums(counts, stream)(inputs);
-  for (auto* found :
-       {&actual, &expected}) {  // the carry, as what it stands for
+  // The carry, as what it stands for.
+  for (auto* found : {&actual, &expected}) {
     found->back() = mx::sqrt(mx::sum(mx::square(found->back())));
   }
   mx::eval(actual);
