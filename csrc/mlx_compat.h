@@ -3,6 +3,7 @@
 #pragma once
 
 #include "mlx/allocator.h"
+#include "mlx/stream.h"
 
 namespace mlx_fused {
 
@@ -15,6 +16,15 @@ mlx::core::allocator::Buffer buffer_of(const Memory& memory) {
     return memory.buffer();
   } else {
     return memory;
+  }
+}
+
+// Throws what a task of the stream has thrown, where the scheduler keeps it: from
+// MLX 0.32.2 on.
+template <typename Scheduler>
+void check_error(Scheduler& scheduler, mlx::core::Stream stream) {
+  if constexpr (requires { scheduler.check_error(stream); }) {
+    scheduler.check_error(stream);
   }
 }
 

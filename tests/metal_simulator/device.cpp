@@ -2,6 +2,7 @@
 
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/scheduler.h"
+#include "mlx_compat.h"
 
 namespace MTL {
 
@@ -138,7 +139,7 @@ void CommandEncoder::enqueue(simulator::Launch launch) {
 
 Evaluation::Evaluation(Stream stream) : encoder_(get_command_encoder(stream)) {
   // As MLX does where a primitive begins to encode.
-  scheduler::check_error(stream);
+  mlx_fused::check_error(scheduler::scheduler(), stream);
   if (const auto encoding = simulator::encoding();
       std::exchange(encoder_.encoding_, encoding) != encoding) {
     encoder_.end_encoding();
