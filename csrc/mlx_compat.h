@@ -19,8 +19,8 @@ mlx::core::allocator::Buffer buffer_of(const Memory& memory) {
   }
 }
 
-// Throws what a task of the stream has thrown, where the scheduler keeps it: from
-// MLX 0.32.2 on.
+// Throws what a task of the stream has thrown, where the scheduler keeps it:
+// from MLX 0.32.2 on.
 template <typename Scheduler>
 void check_error(Scheduler& scheduler, mlx::core::Stream stream) {
   if constexpr (requires { scheduler.check_error(stream); }) {

@@ -1,8 +1,8 @@
 #include "mlx/backend/metal/device.h"
 
+#include "../../csrc/mlx_compat.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/scheduler.h"
-#include "mlx_compat.h"
 
 namespace MTL {
 
