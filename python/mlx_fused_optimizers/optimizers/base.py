@@ -130,8 +130,7 @@ def _measure_on(
     if any(g.dtype not in FUSED_DTYPES for g in gradients):
         gradients = [mx.abs(g).astype(mx.float32) for g in gradients]
     limit = mx.array(max_norm, mx.float32).reshape(())
-    _, *found = kernels.sums_of_squares(gradients, limit)
-    norm, factor, carry = found
+    _, norm, factor, carry = kernels.sums_of_squares(gradients, limit)
     return norm, factor, carry
 
 
