@@ -89,7 +89,9 @@ def test_one_step_of_float32_agrees(
     if name in ("Adafactor", "Muon"):
         assume(all(x.size > 0 for x in leaves_of(parameters).values()))
     if name == "Adafactor" and MLX_VERSION < (0, 32, 0):  # it takes no more dimensions
-        assume(all(x.ndim < 3 for x in leaves_of(parameters).values()))
+        parameters = tree_map(
+            lambda x: x.flatten(0, -2) if x.ndim > 2 else x, parameters
+        )
     ours, theirs = both(name, options)
     mine, reference = copy_tree(parameters), copy_tree(parameters)
     # Adafactor's means, norms and Muon's products are summed in another order: a small
