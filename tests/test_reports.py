@@ -24,6 +24,7 @@ import pytest
 from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 from support import (
     DECAYING_OPTIMIZERS,
+    MLX_VERSION,
     PARTLY_FUSED,
     assert_trees_match,
     copy_tree,
@@ -33,6 +34,7 @@ from support import (
     leaves_of,
     oracle,
     random_array,
+    skip_more_dimensions,
     snapshot,
     to_numpy,
 )
@@ -707,12 +709,22 @@ OVERRIDES = {
 every_override = pytest.mark.parametrize("override", OVERRIDES)
 
 
+def skip_what_writes_gradients(name: str, override: str) -> None:
+    if (
+        override == "stock"
+        and MLX_VERSION < (0, 32, 3)
+        and name in ("Adafactor", "SGD")
+    ):
+        pytest.skip("this MLX changes the gradients that it is given")
+
+
 @every_override
 @decaying
 @compiled_too
 def test_weight_decay_filter_in_subclasses(
     name: str, options: dict[str, Any], override: str, compiled: bool
 ) -> None:
+    skip_what_writes_gradients(name, override)
     paths: list[str] = []
 
     def decays(path: str, array: mx.array) -> bool:
@@ -748,6 +760,7 @@ def test_step_options_in_subclasses(
 ) -> None:
     if override == "stock" and not is_stocks(name, options):
         pytest.skip("stock has no such class")
+    skip_what_writes_gradients(name, override)
     options = {"learning_rate": 1e-2, **options}
     more: dict[str, Any] = {"max_grad_norm": 0.3, "skip_nonfinite": True}
     parameters, gradients = small_tree(0), small_tree(1)
@@ -1733,6 +1746,7 @@ def test_half_precision_is_float32_rounded_once(
     more: dict[str, Any],
 ) -> None:
     """The first step; Muon's products may be in half precision, but not its norm."""
+    skip_more_dimensions(name)
     parameters, gradients = half_case(scale, dtype)
     optimizer = make(name, {"learning_rate": 0.1, **options}, **more)
     updated = optimizer.apply_gradients(gradients, parameters)
@@ -1776,6 +1790,7 @@ def test_half_precision_keeps_stepping(
     With state_dtype each step is that of float32 rounded; without it, steps are of
     the right direction and size.
     """
+    skip_more_dimensions(name)
     parameters, gradients = half_case(scale, dtype)
     options = {"learning_rate": 0.1, **options, "weight_decay": 0.0}
     more: Any = {"state_dtype": mx.float32} if wide else {}
@@ -2032,6 +2047,7 @@ def tracing(fails: Callable[[], bool], several: bool) -> tuple[Any, Any, Any]:
     return model, optimizer, step
 
 
+@pytest.mark.skipif(MLX_VERSION < (0, 32, 1), reason="errors of a stream end Python")
 @pytest.mark.fused  # Python cannot tell the placeholders from arrays
 @pytest.mark.parametrize("several", [False, True], ids=["one", "multi"])
 def test_an_exception_inside_a_compiled_step(
