@@ -26,6 +26,7 @@ from mlx_fused_optimizers.sharded.layout import (
 )
 from ranks import launch
 from sharded_ranks import CASES
+from support import MLX_VERSION
 
 # Of plain operations the norm is a float32 sum, whose bits depend on the pieces.
 pytestmark = pytest.mark.fused
@@ -196,6 +197,8 @@ LOSSES = [
 @pytest.mark.parametrize(("ranks", "bucket", "loss"), LOSSES, ids=str)
 def test_ranks_end_when_one_is_lost(ranks: int, bucket: str, loss: Loss) -> None:
     """With the parameters of a whole step; python tests/killed_ranks.py tries more."""
+    if loss.signal == "KILL" and MLX_VERSION < (0, 32, 2):
+        pytest.skip("this MLX's ring waits for a peer that is gone")
     _, fault, _ = attempt(ranks, bucket, loss)
     assert fault is None
 
