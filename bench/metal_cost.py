@@ -11,7 +11,6 @@ Writes ``metal_cost.json``, ``metal_cost.md`` and ``metal_cost.png`` to bench/re
 
 import argparse
 import io
-import json
 import re
 import sys
 from collections import defaultdict
@@ -32,7 +31,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import metal_simulator  # noqa: E402
 from metal_simulator.extension import extension, simulated  # noqa: E402
 
-from bench import models  # noqa: E402
+from bench import models, report  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -388,16 +387,13 @@ def main() -> int:
         return 2
     mx.set_default_device(mx.cpu)
     collected = list(rows(options.width, options.dtypes))
-    options.output.mkdir(parents=True, exist_ok=True)
-    text = table(collected)
-    report = {
+    result = {
         "source": "fused: Metal simulator; mlx: graph of mlx.optimizers 0.32.4",
         "rows": collected,
     }
-    (options.output / "metal_cost.json").write_text(json.dumps(report, indent=2) + "\n")
-    (options.output / "metal_cost.md").write_text(text)
-    chart(collected, options.output / "metal_cost.png")
-    print(text, end="")
+    path = options.output / "metal_cost.json"
+    report.save(path, result, table(collected))
+    chart(collected, path.with_suffix(".png"))
     return 0
 
 

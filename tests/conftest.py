@@ -16,15 +16,13 @@ import pytest
 from metal_simulator.extension import extension, simulated
 from mlx_fused_optimizers import _plain
 from mlx_fused_optimizers._kernels import reason, using
-from support import MLX_VERSION
+from support import HAS_STREAM_ERRORS
 
 SIMULATOR = "metal-simulator"
 PLAIN_BY_DEFAULT = {"test_against_mlx.py", "test_pytorch.py"}
 # Those that are here; `make test` builds the simulator.
 BACKENDS = ["cpu", "plain"]
-# The simulator reports faults as errors on a stream of the CPU. Before MLX 0.32.1 such
-# an error ends the process.
-HAS_STREAM_ERRORS = MLX_VERSION >= (0, 32, 1)
+# The simulator reports faults as errors on a stream of the CPU.
 if HAS_STREAM_ERRORS and extension() is not None:
     BACKENDS.append(SIMULATOR)
 if mx.metal.is_available():

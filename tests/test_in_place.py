@@ -12,7 +12,7 @@ import pytest
 from mlx_fused_optimizers import _ext
 from support import (
     FLOATS,
-    MLX_VERSION,
+    HAS_STREAM_ERRORS,
     PARTLY_FUSED,
     copy_tree,
     every_fused_optimizer,
@@ -373,7 +373,7 @@ def test_evaluation_again_after_an_error(count: str, size: str) -> None:
     ask how it went, and a stream of the CPU has no errors. (MLX 0.32.1: "Propagate CPU
     errors to events".) There the update goes on, and must be applied once, too.
     """
-    error = "" if MLX_VERSION >= (0, 32, 1) else "no error\n"
+    error = "" if HAS_STREAM_ERRORS else "no error\n"
     for _ in range(3):
         result = subprocess.run(
             [sys.executable, "-c", FAILING_EVALUATION, count, size],

@@ -24,6 +24,7 @@ import pytest
 from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 from support import (
     DECAYING_OPTIMIZERS,
+    HAS_STREAM_ERRORS,
     MLX_VERSION,
     PARTLY_FUSED,
     assert_trees_match,
@@ -2047,7 +2048,7 @@ def tracing(fails: Callable[[], bool], several: bool) -> tuple[Any, Any, Any]:
     return model, optimizer, step
 
 
-@pytest.mark.skipif(MLX_VERSION < (0, 32, 1), reason="errors of a stream end Python")
+@pytest.mark.skipif(not HAS_STREAM_ERRORS, reason="errors of a stream end Python")
 @pytest.mark.fused  # Python cannot tell the placeholders from arrays
 @pytest.mark.parametrize("several", [False, True], ids=["one", "multi"])
 def test_an_exception_inside_a_compiled_step(

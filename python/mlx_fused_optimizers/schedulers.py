@@ -34,6 +34,12 @@ def is_number_or_array(value: Any) -> bool:
     return is_known or hasattr(value, "__array__")
 
 
+def as_array(value: Any) -> Any:
+    """An array of what upstream takes in its place: a number, or NumPy's arrays."""
+    is_array = isinstance(value, mx.array)
+    return mx.array(value) if is_number_or_array(value) and not is_array else value
+
+
 class _Schedule:
     """A schedule, and how it was made, which is what a copy is made from."""
 
@@ -46,7 +52,7 @@ class _Schedule:
             raise TypeError(
                 f"step is of type {type(step).__name__}; expected a number or an array"
             )
-        steps = step if isinstance(step, mx.array) else mx.array(step)
+        steps = as_array(step)
         if steps.dtype == mx.complex64:
             raise TypeError("step is complex; expected a real number or array")
         return self._schedule(steps)

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from .._formats import AVERAGE, HALF_DTYPES, HELD, SUM, has_shape, is_error
 from .._kernels import kernels
-from ..schedulers import is_number_or_array
+from ..schedulers import as_array, is_number_or_array
 from ..shards import (
     Sharded,
     Shards,
@@ -82,12 +82,6 @@ def parts_of(optimizer: stock.Optimizer) -> list[stock.Optimizer]:
     return [optimizer, *chain.from_iterable(map(parts_of, inner))]
 
 
-def as_array(value: Any) -> Any:
-    """An array of what upstream takes in its place: a number, or NumPy's arrays."""
-    is_array = isinstance(value, mx.array)
-    return mx.array(value) if is_number_or_array(value) and not is_array else value
-
-
 def check_tree(argument: str, tree: Any) -> None:
     """Refuse what is no dict: a state has entries of its own beside parameters'."""
     if not isinstance(tree, dict):
@@ -130,8 +124,7 @@ def _measure_on(
     if any(g.dtype not in FUSED_DTYPES for g in gradients):
         gradients = [mx.abs(g).astype(mx.float32) for g in gradients]
     limit = mx.array(max_norm, mx.float32).reshape(())
-    _, norm, factor, carry = kernels.sums_of_squares(gradients, limit)
-    return norm, factor, carry
+    return kernels.sums_of_squares(gradients, limit)[1:]
 
 
 def clip_factor(max_norm: Any, norm: mx.array) -> mx.array:

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 
 from .._formats import AVERAGE, HALF_DTYPES, SUM, is_error, kind_of
 from .._kernels import kernels
-from .base import Clip, Optimizer, as_array, paths
+from ..schedulers import as_array
+from .base import Clip, Optimizer, paths
 from .fused import FusedOptimizer
 from .options import FUSED_DTYPES, OPTIONS, warn_caller
 

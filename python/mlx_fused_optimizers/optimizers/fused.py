@@ -22,7 +22,8 @@ from .._formats import (
     plain_name,
 )
 from .._kernels import kernels
-from .base import EXPLAINED, INIT, Clip, LearningRate, Optimizer, as_array, paths
+from ..schedulers import as_array
+from .base import EXPLAINED, INIT, Clip, LearningRate, Optimizer, paths
 from .directions import DIRECTIONS, batches, cautious_sizes
 from .held import hold, hold_error, hold_zeros, release
 from .options import (
@@ -575,7 +576,7 @@ class FusedOptimizer(Optimizer):
             return
         pairs = zip(leaves.parameters, leaves.gradients, strict=True)
         # MLX may not return from the sum of an array without elements.
-        watched = [(p, g) for p, g in pairs if is_half(p) and p.ndim * p.size > 0]
+        watched = [(p, g) for p, g in pairs if is_half(p) and p.ndim > 0 and p.size > 0]
         if not watched:
             return
         halves = [p for p, _ in watched]

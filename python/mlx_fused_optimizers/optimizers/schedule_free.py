@@ -12,8 +12,9 @@ from mlx.utils import tree_map_with_path
 
 from .._formats import HALF_DTYPES, is_error, master_of
 from .._kernels import kernels
+from ..schedulers import as_array
 from ..shards import Shards
-from .base import NO_SHARDS, Clip, LearningRate, as_array, check_tree
+from .base import NO_SHARDS, Clip, LearningRate, check_tree
 from .fused import Arguments, FusedOptimizer
 from .options import check_numbers, check_ranges
 

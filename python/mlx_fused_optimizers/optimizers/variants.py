@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from .base import LearningRate, as_array
+from ..schedulers import as_array
+from .base import LearningRate
 from .directions import trust_ratios
 from .fused import FusedOptimizer
 from .options import check_flags, check_numbers, check_ranges
