@@ -1,6 +1,8 @@
 // metal/update_rules.h and metal/formats.h as C++, and a register of the rules.
 #pragma once
 
+#include <algorithm>
+#include <string_view>
 #include <tuple>
 #include <utility>
 
@@ -63,6 +65,29 @@ inline float sqrt(float x) { return __builtin_sqrtf(x); }
 
 template <int index>
 struct RegisteredRule;
+
+// The i-th of the names in a macro's arguments.
+consteval std::string_view name_in(std::string_view names, int i) {
+  for (; i > 0; --i) {
+    names.remove_prefix(names.find(", ") + 2);
+  }
+  return names.substr(0, names.find(", "));
+}
+
+// Whether a rule's state of that number never is negative.
+template <typename Rule>
+consteval bool is_never_negative(int state) {
+  if constexpr (requires { Rule::non_negative_names; }) {
+    constexpr std::string_view names = Rule::non_negative_names;
+    const auto name = name_in(Rule::state_names, state);
+    for (int i = 0; i <= std::count(names.begin(), names.end(), ','); ++i) {
+      if (name_in(names, i) == name) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
 
 constexpr int before_rules = __COUNTER__;
 

@@ -29,6 +29,10 @@ METAL_FUNC float nearest(float x) { return x == x ? metal::rint(x) : 0.0f; }
 
 METAL_FUNC bool is_positive(float x) { return x > 0; }
 
+METAL_FUNC float at_least(float x, float least) {
+  return x > least ? x : least;
+}
+
 template <typename U>
 METAL_FUNC U to_integer(float x) {
   return U(int32_t(x));
@@ -78,17 +82,28 @@ METAL_FUNC T stretch_positive(T scale, T most) {
       is_finite(scale), most * inverse_fourth_root<T, U>(scale), T(0));
 }
 
-// What is rounded to a code.
+// What is rounded to a code: a root, in the same way but with fewer operations,
+// to 7e-4 of a signed and 2.5e-4 of another state, times the stretch.
 template <typename T, typename U>
 METAL_FUNC T root_signed(T x, T stretch) {
-  return x * inverse_square_root<T, U>(magnitude(x)) * stretch;
+  const T size = magnitude(x);
+  const T y = as_float(U(0x5f200000u) - (as_bits(size) >> 1u));
+  const T root = x * y * (1.6819139f - 0.70395194f * (size * y * y));
+  return root * stretch;
+}
+
+template <typename T, typename U>
+METAL_FUNC T root_above_0(T x, T stretch) {
+  const T y = as_float(U(0x4f500000u) - (as_bits(x) >> 2u));
+  const T near = x * y * (y * y);
+  const T left = near * y;
+  const T root = near * ((1.0377675f * left - 2.7692566f) * left + 2.7337006f);
+  return at_least(root * stretch, T(1));
 }
 
 template <typename T, typename U>
 METAL_FUNC T root_positive(T x, T stretch) {
-  const T inverse = inverse_fourth_root<T, U>(x);
-  const T root = x * (inverse * inverse) * inverse;
-  return choose(is_positive(x), larger(T(1), root * stretch), T(0));
+  return choose(is_positive(x), root_above_0<T, U>(x, stretch), T(0));
 }
 
 template <typename T, typename U>
@@ -99,6 +114,23 @@ METAL_FUNC T encoded_signed(T x, T stretch) {
 template <typename T, typename U>
 METAL_FUNC T encoded_positive(T x, T stretch) {
   return nearest(root_positive<T, U>(x, stretch));
+}
+
+// With 4 bits codes lie so far apart that halves of them do harm: a moment of a
+// root of 0.5 would become 4 times as large, and of 1.5 a second moment 5 times
+// as small, both of which enlarge updates. So the squares of the roots are
+// lowered or raised first, by as much as keeps updates small and losses low.
+template <typename T>
+METAL_FUNC T encoded_signed_in_4_bits(T x, T stretch) {
+  const T square = magnitude(x) * stretch * stretch;
+  const T code = nearest(square_root(larger(square - 0.35f, T(0))));
+  return sign_of(x) * code;
+}
+
+template <typename T>
+METAL_FUNC T encoded_positive_in_4_bits(T x, T stretch) {
+  const T square = square_root(x) * stretch * stretch;
+  return choose(is_positive(x), nearest(square_root(square + 0.5f)), T(0));
 }
 
 template <typename T>

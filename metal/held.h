@@ -86,9 +86,16 @@ encode_vector(const thread float* values, int count, thread int* q) {
   const float stretch = is_positive ? stretch_positive<float, uint>(scale, most)
                                     : stretch_signed<float, uint>(scale, most);
   FOR_EACH_OF_VECTOR {
-    q[i] =
-        int(is_positive ? encoded_positive<float, uint>(values[i], stretch)
-                        : encoded_signed<float, uint>(values[i], stretch));
+    const float x = values[i];
+    if (bits == 8) {
+      q[i] =
+          int(is_positive ? encoded_positive<float, uint>(x, stretch)
+                          : encoded_signed<float, uint>(x, stretch));
+    } else {
+      q[i] =
+          int(is_positive ? encoded_positive_in_4_bits(x, stretch)
+                          : encoded_signed_in_4_bits(x, stretch));
+    }
   }
   return scale;
 }

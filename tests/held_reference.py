@@ -22,10 +22,14 @@ class Kind(NamedTuple):
 
 
 KINDS = {"int8": Kind(64, 127, 255), "int4": Kind(32, 7, 15)}
-# A code is a root, rounded. metal/formats.h has 1 / sqrt(x) to 2e-5 of its value and
-# x^(-1/4) to 5e-5. A root of x in units of the scale's is a product of two of the
-# former, or of four of the latter, and of float32 roundings.
-ROOT_ERRORS = {False: 2 * 2e-5 + 1e-6, True: 4 * 5e-5 + 1e-6}
+# A code is a root, rounded. metal/formats.h has sqrt(x) to 6.6e-4 of its value and
+# x^(1/4) to 2.5e-4, the scale's 1 / sqrt(x) to 2e-5 and its x^(-1/4) to 5e-5; and there
+# are float32's roundings.
+ROOT_ERRORS = {False: 6.6e-4 + 2e-5 + 1e-6, True: 2.5e-4 + 5e-5 + 1e-6}
+
+
+# What is added to the squares of the roots of codes of 4 bits before they are rounded.
+ADDED = {False: -0.35, True: 0.5}
 
 
 def most_of(kind: str, is_positive: bool) -> int:
@@ -64,7 +68,7 @@ def decoded(q: Array, scales: Floats, kind: str, is_positive: bool) -> Doubles:
 
 
 def exact_roots(x: Floats, kind: str, is_positive: bool) -> Doubles:
-    """What is rounded to the size of a code, in float64."""
+    """The roots in units of codes, in float64."""
     blocks = in_blocks(x.astype(np.float64), KINDS[kind].block)
     scales = np.abs(blocks).max(-1, keepdims=True)
     shares = np.abs(blocks) / np.where(scales > 0, scales, 1)
@@ -72,15 +76,25 @@ def exact_roots(x: Floats, kind: str, is_positive: bool) -> Doubles:
     return roots.reshape(-1)[: x.size] * most_of(kind, is_positive)
 
 
+def rounded_roots(x: Floats, kind: str, is_positive: bool) -> Doubles:
+    """What is rounded to the size of a code, in float64."""
+    roots = exact_roots(x, kind, is_positive)
+    if kind == "int4":
+        squares = np.maximum(roots**2 + ADDED[is_positive], 0)
+        roots = np.where(roots > 0, np.sqrt(squares), 0)
+    return roots
+
+
 def error_bound(x: Floats, kind: str, is_positive: bool) -> Doubles:
     """The most that decode(encode(x)) may differ from x.
 
     The root of q codes is off by q times ROOT_ERRORS, and rounding it by half a code,
-    or by a whole one where 0 may not be.
+    or by a whole one where 0 may not be; what 4 bits add to the roots comes on top.
     """
     roots = exact_roots(x, kind, is_positive)
     most = most_of(kind, is_positive)
     half = np.where((roots < 0.5) & is_positive, 1.0, 0.5)
+    half = half + np.abs(roots - rounded_roots(x, kind, is_positive))
     power = 4 if is_positive else 2
     upper = (roots + half + roots * ROOT_ERRORS[is_positive]) / most
     scale = np.repeat(block_scales(x, kind).astype(np.float64), KINDS[kind].block)

@@ -326,7 +326,17 @@ struct UpdateTask {
     const auto& loops = cpu::loops();
     if (skip.of(tensor, false)) {
       keep(tensor, start, n);
-    } else if (!are_direct(tensor, dtype, turned)) {
+      return;
+    }
+    if (is_packed(tensor, turned)) {
+      const size_t blocks = n / cpu::Packed::block;
+      const size_t done = blocks * cpu::Packed::block;
+      update_packed(tensor, start, blocks, turned);
+      start += done;
+      n -= done;
+      turned += turned ? done * gradient(tensor).itemsize : 0;
+    }
+    if (!are_direct(tensor, dtype, turned)) {
       const size_t itemsize = gradient(tensor).itemsize;
       for (size_t end = start + n; start < end; start += cpu::block_size) {
         update_block(tensor, start, std::min(cpu::block_size, end - start),
@@ -355,6 +365,48 @@ struct UpdateTask {
     // A program's loop has no halves: its blocks are float32 all the same.
     return direct &&
            !(layout->rule->program && dtype != mx::Dtype::Val::float32);
+  }
+
+  // Whether all arrays are as cpu::Packed has them.
+  bool is_packed(const Tensor& tensor, bool is_turned) const {
+    bool packed = !layout->rule->program && !layout->rule->averages() &&
+                  layout->rule->slots[0].is_written && is_read(0);
+    for (size_t k = 0; k < slots() && packed; ++k) {
+      const auto& format = layout->formats[k];
+      packed = k == 0            ? format.storage == Storage::split24
+               : k + 1 < slots() ? format.storage == Storage::codes8
+                                 : !is_written(k);
+    }
+    const size_t parts = layout->parts.size();
+    for (size_t i = 0; i < parts && packed; ++i) {
+      packed =
+          tensor.sources[i].row_contiguous() || (is_turned && i + 1 == parts);
+    }
+    return packed && tensor.sources[0].dtype == mx::Dtype::Val::bfloat16 &&
+           gradient(tensor).dtype == mx::Dtype::Val::bfloat16;
+  }
+
+  void update_packed(const Tensor& tensor, size_t start, size_t blocks,
+                     const char* turned) const {
+    cpu::Packed arrays;
+    for (size_t part = 0; part < layout->parts.size(); ++part) {
+      const auto& of = layout->parts[part];
+      const auto member =
+          of.is_companion ? &cpu::Pair::companions : &cpu::Pair::values;
+      const size_t i = start >> item_exponent(of);
+      arrays.in[of.slot].*member = tensor.sources[part].at(i);
+      if (of.is_written) {
+        arrays.out[of.slot].*member = tensor.targets[part].at(i);
+      }
+    }
+    if (turned) {
+      arrays.in[slots() - 1].values = const_cast<char*>(turned);
+    }
+    cpu::loops().update_packed(
+        layout->rule->index, numbers[tensor.entry.hyperparameters].data(),
+        learning_rate.of(tensor, 0), static_cast<float>(step.of(tensor, 0)),
+        coefficient.of(tensor, 0), gradient_scale.of(tensor, 1), arrays,
+        blocks);
   }
 
   void keep(const Tensor& tensor, size_t start, size_t n) const {

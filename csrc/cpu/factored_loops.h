@@ -2,7 +2,7 @@
 // set.
 #pragma once
 
-#include "cpu/loops.h"
+#include "cpu/vectors.h"
 
 namespace mlx_fused::cpu {
 

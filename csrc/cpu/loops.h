@@ -59,14 +59,28 @@ using Update = void (*)(int rule, const float* numbers, float learning_rate,
 // Where codes and their scales, or weights of half precision and their errors,
 // are read or written.
 struct Pair {
-  char* values;
-  char* companions;
+  char* values = nullptr;
+  char* companions = nullptr;
 };
 struct CodesOrError {
   int bits;                // of a code or an error
   bool is_never_negative;  // of codes
   bool is_float16;         // of weights
 };
+
+// Arrays of a rule whose parameter is bfloat16 and an error of 8 bits, whose
+// states are codes of 8 bits, and whose gradient is bfloat16. By slots.
+struct Packed {
+  static constexpr size_t block = 64;  // elements that share scales
+
+  Pair in[max_slots] = {};
+  Pair out[max_slots] = {};
+};
+// Updates whole blocks.
+using UpdatePacked = void (*)(int rule, const float* numbers,
+                              float learning_rate, float step,
+                              float coefficient, float gradient_scale,
+                              const Packed& arrays, size_t blocks);
 
 // Part of a matrix' row in the last pass of Adafactor.
 struct FactoredRow {
@@ -88,6 +102,7 @@ struct Loops {
   Update<float> update;
   Update<uint16_t> update_float16;
   Update<uint16_t> update_bfloat16;
+  UpdatePacked update_packed;  // of rules that write a parameter
   // The next value of an average, by the numbers of its hyper-parameter.
   void (*average)(const float* numbers, const float* x, const float* in,
                   float* out, size_t n);

@@ -2,7 +2,7 @@
 // Included by loops.cpp alone, once for each instruction set.
 #pragma once
 
-#include "cpu/loops.h"
+#include "cpu/vectors.h"
 
 namespace mlx_fused::cpu {
 

@@ -90,11 +90,15 @@ std::pair<mx::array, mx::array> encode(const Format& format,
                mx::float32);
   const Node scale = mx::expand_dims(scales, -1);
   const Node most = most_of(format);
-  const auto codes = format.is_never_negative
-                         ? encoded_positive<Node, Bits>(
-                               x, stretch_positive<Node, Bits>(scale, most))
-                         : encoded_signed<Node, Bits>(
-                               x, stretch_signed<Node, Bits>(scale, most));
+  const Node stretch = format.is_never_negative
+                           ? stretch_positive<Node, Bits>(scale, most)
+                           : stretch_signed<Node, Bits>(scale, most);
+  const auto codes =
+      format.storage == Storage::codes8
+          ? format.is_never_negative ? encoded_positive<Node, Bits>(x, stretch)
+                                     : encoded_signed<Node, Bits>(x, stretch)
+      : format.is_never_negative ? encoded_positive_in_4_bits<Node>(x, stretch)
+                                 : encoded_signed_in_4_bits<Node>(x, stretch);
   auto whole = first_elements(codes.array(), values.shape());
   if (format.storage == Storage::codes8) {
     return {mx::astype(whole, format.is_never_negative ? mx::uint8 : mx::int8),

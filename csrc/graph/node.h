@@ -142,6 +142,10 @@ inline Bits clamped(const Bits& x, const Bits& least, const Bits& most) {
   return mx::minimum(mx::maximum(x.array(), least.array()), most.array());
 }
 
+inline Node at_least(const Node& x, const Node& least) {
+  return choose(mx::greater(x.array(), least.array()), x, least);
+}
+
 inline Node round_down(const Node& x) { return mx::floor(x.array()); }
 
 inline Node nearest(const Node& x) {

@@ -46,14 +46,16 @@ def encode(
 ) -> tuple[mx.array, mx.array]:
     x = _in_blocks(values.astype(mx.float32), BLOCKS[storage])
     # As the largest of the bits: that of a NaN is the largest.
-    bits = mx.abs(x).view(mx.uint32)
-    scales = (mx.max(bits, axis=-1) if x.size else mx.zeros((0,), mx.uint32)).view(
+    sizes = mx.abs(x).view(mx.uint32)
+    scales = (mx.max(sizes, axis=-1) if x.size else mx.zeros((0,), mx.uint32)).view(
         mx.float32
     )
     sign = "positive" if is_never_negative else "signed"
     most = _most(storage, is_never_negative)
     stretch = header()[f"stretch_{sign}"](scales[:, None], most)
-    whole = header()[f"encoded_{sign}"](x, stretch).reshape(-1)[: values.size]
+    bits = "_in_4_bits" if storage == "int4" else ""
+    encoded = header()[f"encoded_{sign}{bits}"](x, stretch)
+    whole = encoded.reshape(-1)[: values.size]
     if storage == "int8":
         dtype = mx.uint8 if is_never_negative else mx.int8
         return whole.astype(dtype).reshape(values.shape), scales

@@ -53,6 +53,7 @@ def nearest(x: mx.array) -> mx.array:
 FUNCTIONS = {
     "as_bits": lambda x: x.view(mx.uint32),
     "as_float": lambda x: x.view(mx.float32),
+    "at_least": lambda x, least: mx.where(x > least, x, least),
     "choose": mx.where,
     "clamped": lambda x, least, most: mx.minimum(mx.maximum(x, least), most),
     "differs": differs,

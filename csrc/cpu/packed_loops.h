@@ -1,0 +1,227 @@
+// Rules over blocks that are packed (cpu/loops.h), in one pass.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "cpu/code_loops.h"
+#include "cpu/update_loops.h"
+
+namespace mlx_fused::cpu {
+
+namespace {
+
+// Whether the bfloat16 nearest to each is finite.
+MLX_FUSED_INLINE bool have_finite_weights(const float* in, size_t n) {
+  uint32_t overflows = 0;  // of the exponent into the sign
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t bits = as_bits(in[i]);
+    overflows |= (bits + 0x808000u) ^ bits;
+  }
+  return overflows >> 31 == 0;
+}
+
+// Splits a block of float32 that have finite weights, into the same bits as
+// split_bfloat16 and shortened do: what is added to round lets the lower half
+// count from the interval's begin.
+MLX_FUSED_INLINE void split_finite(const float* in, uint16_t* weights,
+                                   int8_t* errors) {
+#if defined(__AVX512F__)
+  __m512i rest[2];
+  for (size_t k = 0; k < 2; ++k) {
+    const auto half = _mm512_set1_epi32(0x8000);
+    const auto mask = _mm512_set1_epi32(0xffff);
+    const float* from = in + 2 * k * vector_size;
+    const auto a = _mm512_add_epi32(_mm512_loadu_si512(from), half);
+    const auto b =
+        _mm512_add_epi32(_mm512_loadu_si512(from + vector_size), half);
+    _mm512_storeu_si512(weights + 2 * k * vector_size,
+                        _mm512_packus_epi32(_mm512_srli_epi32(a, 16),
+                                            _mm512_srli_epi32(b, 16)));
+    const auto lower = _mm512_packus_epi32(_mm512_and_si512(a, mask),
+                                           _mm512_and_si512(b, mask));
+    const auto rounded =
+        _mm512_srli_epi16(_mm512_adds_epu16(lower, _mm512_set1_epi16(0x80)), 8);
+    rest[k] = _mm512_max_epu16(rounded, _mm512_set1_epi16(1));
+  }
+  const auto bytes = bytes_in_order(_mm512_packus_epi16(rest[0], rest[1]));
+  _mm512_storeu_si512(errors, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+#else
+  alignas(64) uint16_t lower[Packed::block];
+  MLX_FUSED_VECTORIZE
+  for (size_t i = 0; i < Packed::block; ++i) {
+    const uint32_t sum = as_bits(in[i]) + 0x8000u;
+    weights[i] = static_cast<uint16_t>(sum >> 16);
+    lower[i] = static_cast<uint16_t>(sum);
+  }
+  for (size_t i = 0; i < Packed::block; ++i) {
+    uint16_t rest = lower[i] < 0x80u ? 0x80u : lower[i];
+    rest = rest > 0xff7fu ? 0xff7fu : rest;
+    errors[i] = static_cast<int8_t>(((rest + 0x80) >> 8) - 128);
+  }
+#endif
+}
+
+// The loads of a block as float32, in the order of place_of.
+
+MLX_FUSED_INLINE void load_joined(const uint16_t* weights, const int8_t* errors,
+                                  float* out) {
+#if defined(__AVX512F__)
+  for (size_t i = 0; i < Packed::block; i += 2 * vector_size) {
+    const auto error = words_of(errors + i);
+    const auto borrow = _mm512_srai_epi16(error, 15);
+    store_unpacked(_mm512_slli_epi16(error, 8),
+                   _mm512_add_epi16(_mm512_loadu_si512(weights + i), borrow),
+                   out + i);
+  }
+#else
+  for (size_t row = 0; row < Packed::block; row += row_size) {
+    int32_t upper[row_size], rest[row_size];
+    widen(weights + row, upper);
+    widen(errors + row, rest);
+    MLX_FUSED_VECTORIZE
+    for (size_t i = 0; i < row_size; ++i) {
+      out[row + i] = joined_bfloat16<float, uint32_t>(
+          as_float(static_cast<uint32_t>(upper[i]) << 16),
+          static_cast<uint32_t>(rest[i]) * 256u);
+    }
+  }
+#endif
+}
+
+MLX_FUSED_INLINE void load_gradient(const uint16_t* in, float scale,
+                                    float* out) {
+#if defined(__AVX512F__)
+  for (size_t i = 0; i < Packed::block; i += 2 * vector_size) {
+    store_unpacked(_mm512_setzero_si512(), _mm512_loadu_si512(in + i), out + i);
+  }
+#else
+  BFloat16::load(in, out, Packed::block);
+#endif
+  for (size_t i = 0; i < Packed::block && scale != 1; ++i) {
+    out[i] *= scale;
+  }
+}
+
+template <bool is_positive>
+MLX_FUSED_INLINE void load_codes_unpacked(const char* codes, float scale,
+                                          float* out) {
+  using Code = std::conditional_t<is_positive, uint8_t, int8_t>;
+  const auto* in = reinterpret_cast<const Code*>(codes);
+  constexpr float most = is_positive ? 255 : 127;
+#if defined(__AVX512F__)
+  for (size_t i = 0; i < Packed::block; i += 2 * vector_size) {
+    alignas(64) int32_t whole[2 * vector_size];
+    const auto zero = _mm512_setzero_si512();
+    const auto words = words_of(in + i);
+    // Signed ones in the upper halves, where they need no extension.
+    is_positive ? store_unpacked(words, zero, whole)
+                : store_unpacked(zero, words, whole);
+    MLX_FUSED_VECTORIZE
+    for (size_t k = 0; k < 2 * vector_size; ++k) {
+      const auto code = static_cast<float>(whole[k]);
+      out[i + k] = is_positive
+                       ? decoded_positive<float>(code, scale, most)
+                       : decoded_signed<float>(code, scale, most * 65536);
+    }
+  }
+#else
+  load_block<is_positive>(in, scale, most, out, Packed::block);
+#endif
+}
+
+template <int index, int... state>
+void update_packed_with(const float* numbers, float learning_rate, float step,
+                        float coefficient, float gradient_scale,
+                        const Packed& arrays, size_t blocks,
+                        std::integer_sequence<int, state...>) {
+  using R = typename RegisteredRule<index>::template Type<float>;
+  constexpr size_t block = Packed::block, most_blocks = block_size / block;
+  constexpr bool is_positive[] = {is_never_negative<R>(state)..., false};
+  const auto rule = prepared<R>(numbers, learning_rate, step, coefficient);
+  const auto& parameters = arrays.in[0];
+  const auto& gradients = arrays.in[R::states + 1];
+  for (size_t first = 0; first < blocks; first += most_blocks) {
+    const size_t left = blocks - first;
+    const size_t count = left < most_blocks ? left : most_blocks;
+    alignas(64) float p[block_size], g[block], s[R::states + 1][block_size];
+    auto* weights =
+        reinterpret_cast<uint16_t*>(arrays.out[0].values) + first * block;
+    auto* errors =
+        reinterpret_cast<int8_t*>(arrays.out[0].companions) + first * block;
+    const auto split = [&](size_t b) {
+      split_finite(p + b * block, weights + b * block, errors + b * block);
+    };
+    for (size_t b = 0; b < count; ++b) {
+      const size_t start = (first + b) * block;
+      load_joined(
+          reinterpret_cast<const uint16_t*>(parameters.values) + start,
+          reinterpret_cast<const int8_t*>(parameters.companions) + start,
+          p + b * block);
+      load_gradient(reinterpret_cast<const uint16_t*>(gradients.values) + start,
+                    gradient_scale, g);
+      (load_codes_unpacked<is_positive[state]>(
+           arrays.in[state + 1].values + start,
+           reinterpret_cast<const float*>(
+               arrays.in[state + 1].companions)[first + b],
+           s[state] + b * block),
+       ...);
+      float* states[R::states + 1] = {(s[state] + b * block)...};
+      update_row<block>(rule, 1, p + b * block, states, g);
+      // Of the one before, while this one's divisions go on.
+      if (b > 0) {
+        split(b - 1);
+      }
+    }
+    split(count - 1);
+    if (!have_finite_weights(p, count * block)) {
+      alignas(64) float in_order[block_size];
+      for (size_t i = 0; i < count * block; ++i) {
+        in_order[place_of(i)] = p[i];
+      }
+      store_split_as(false, in_order, weights, errors, count * block);
+    }
+    (store_whole_codes<is_positive[state], block, !are_unpacked>(
+         s[state], is_positive[state] ? 255 : 127,
+         reinterpret_cast<float*>(arrays.out[state + 1].companions) + first,
+         reinterpret_cast<uint8_t*>(arrays.out[state + 1].values) +
+             first * block,
+         count * block),
+     ...);
+  }
+}
+
+template <int index>
+void update_packed_by(const float* numbers, float learning_rate, float step,
+                      float coefficient, float gradient_scale,
+                      const Packed& arrays, size_t blocks) {
+  using R = typename RegisteredRule<index>::template Type<float>;
+  if constexpr (R::reads_parameter && R::writes_parameter) {
+    update_packed_with<index>(numbers, learning_rate, step, coefficient,
+                              gradient_scale, arrays, blocks,
+                              std::make_integer_sequence<int, R::states>());
+  }
+}
+
+template <int... index>
+void update_packed_of(int rule, const float* numbers, float learning_rate,
+                      float step, float coefficient, float gradient_scale,
+                      const Packed& arrays, size_t blocks,
+                      std::integer_sequence<int, index...>) {
+  static constexpr decltype(&update_packed_by<0>) table[] = {
+      update_packed_by<index>...};
+  table[rule](numbers, learning_rate, step, coefficient, gradient_scale, arrays,
+              blocks);
+}
+
+void update_packed(int rule, const float* numbers, float learning_rate,
+                   float step, float coefficient, float gradient_scale,
+                   const Packed& arrays, size_t blocks) {
+  update_packed_of(rule, numbers, learning_rate, step, coefficient,
+                   gradient_scale, arrays, blocks,
+                   std::make_integer_sequence<int, rule_count>());
+}
+
+}  // namespace
+
+}  // namespace mlx_fused::cpu
