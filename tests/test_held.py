@@ -114,9 +114,9 @@ def test_a_code_is_the_root_to_half_a_code(kind: str, is_positive: bool) -> None
         )
         restored = np.array(decoded_by_us).astype(np.float64)
         assert restored.shape == x.shape
-        values = decoded(q, scales, kind, is_positive).reshape(x.shape)
+        meant = decoded(q, scales, kind, is_positive).reshape(x.shape)
         # Below float32's normal range by a denormal's rounding.
-        np.testing.assert_allclose(restored, values, rtol=1e-6, atol=2e-45)
+        np.testing.assert_allclose(restored, meant, rtol=1e-6, atol=2e-45)
         bound = error_bound(flat, kind, is_positive).reshape(x.shape)
         assert np.all(np.abs(restored - x) <= bound + 2e-45), label
 
