@@ -52,16 +52,12 @@ RuleTraits traits_of() {
   }
   if constexpr (Rule::states > 0) {
     traits.states = split(Rule::state_names);
-    std::vector<std::string> non_negative;
-    if constexpr (requires { Rule::non_negative_names; }) {
-      non_negative = split(Rule::non_negative_names);
-    }
-    for (const auto& name : traits.states) {
-      const bool is_found = std::find(non_negative.begin(), non_negative.end(),
-                                      name) != non_negative.end();
-      traits.slots.push_back({Role::state, true, is_found});
-    }
   }
+  [&]<int... state>(std::integer_sequence<int, state...>) {
+    (traits.slots.push_back(
+         {Role::state, true, is_never_negative<Rule>(state)}),
+     ...);
+  }(std::make_integer_sequence<int, Rule::states>());
   traits.slots.push_back({Role::gradient, Rule::writes_gradient});
   return traits;
 }

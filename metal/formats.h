@@ -98,12 +98,13 @@ METAL_FUNC T root_above_0(T x, T stretch) {
   const T near = x * y * (y * y);
   const T left = near * y;
   const T root = near * ((1.0377675f * left - 2.7692566f) * left + 2.7337006f);
-  return at_least(root * stretch, T(1));
+  return root * stretch;
 }
 
 template <typename T, typename U>
 METAL_FUNC T root_positive(T x, T stretch) {
-  return choose(is_positive(x), root_above_0<T, U>(x, stretch), T(0));
+  const T root = at_least(root_above_0<T, U>(x, stretch), T(1));
+  return choose(is_positive(x), root, T(0));
 }
 
 template <typename T, typename U>

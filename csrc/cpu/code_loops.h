@@ -8,26 +8,18 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// Whole numbers of 8 or 16 bits as such of 32.
+// Whole numbers of 8 bits as such of 32.
 template <typename I>
 MLX_FUSED_INLINE void widen(const I* in, int32_t (&out)[row_size]) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(I) == 2) {
-    _mm512_storeu_si512(out, _mm512_cvtepu16_epi32(load_halves(in)));
-  } else {
-    const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
-    _mm512_storeu_si512(out, I(-1) < 0 ? _mm512_cvtepi8_epi32(bytes)
-                                       : _mm512_cvtepu8_epi32(bytes));
-  }
+  const auto bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+  _mm512_storeu_si512(out, I(-1) < 0 ? _mm512_cvtepi8_epi32(bytes)
+                                     : _mm512_cvtepu8_epi32(bytes));
 #elif defined(__AVX2__)
-  auto* to = reinterpret_cast<__m256i*>(out);
-  if constexpr (sizeof(I) == 2) {
-    _mm256_storeu_si256(to, _mm256_cvtepu16_epi32(load_halves(in)));
-  } else {
-    const auto bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in));
-    _mm256_storeu_si256(to, I(-1) < 0 ? _mm256_cvtepi8_epi32(bytes)
-                                      : _mm256_cvtepu8_epi32(bytes));
-  }
+  const auto bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(out),
+      I(-1) < 0 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 #else
   MLX_FUSED_VECTORIZE
   for (size_t i = 0; i < row_size; ++i) {
@@ -133,34 +125,36 @@ MLX_FUSED_INLINE __m512i merge(const __m512i (&registers)[n]) {
 }
 #endif
 
-// The same of block_size elements' blocks.
+// The same of each of some blocks, at most block_size elements.
 template <size_t block>
-MLX_FUSED_INLINE void scales_of(const float* in, float* scales) {
+MLX_FUSED_INLINE void scales_of(const float* in, size_t blocks, float* scales) {
 #if defined(__AVX512F__)
-  constexpr size_t blocks = block_size / block;
-  __m512i largest[blocks];
-  const auto sign = _mm512_set1_epi32(0x7fffffff);
-  for (size_t k = 0; k < blocks; ++k) {
-    largest[k] = _mm512_setzero_si512();
-    for (size_t i = 0; i < block; i += vector_size) {
-      const auto bits =
-          _mm512_and_si512(_mm512_loadu_si512(in + k * block + i), sign);
-      largest[k] = _mm512_max_epi32(largest[k], bits);
+  constexpr size_t most_blocks = block_size / block;
+  if (blocks == most_blocks) {
+    __m512i largest[most_blocks];
+    const auto sign = _mm512_set1_epi32(0x7fffffff);
+    for (size_t k = 0; k < most_blocks; ++k) {
+      largest[k] = _mm512_setzero_si512();
+      for (size_t i = 0; i < block; i += vector_size) {
+        const auto bits =
+            _mm512_and_si512(_mm512_loadu_si512(in + k * block + i), sign);
+        largest[k] = _mm512_max_epi32(largest[k], bits);
+      }
     }
-  }
-  auto all = merge<1>(largest);
-  if constexpr (blocks == 8) {
-    all = _mm512_max_epi32(all, _mm512_shuffle_i64x2(all, all, 0x4e));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales),
-                        _mm512_castsi512_si256(all));
-  } else {
-    _mm512_storeu_si512(scales, all);
-  }
-#else
-  for (size_t k = 0; k < block_size / block; ++k) {
-    scales[k] = scale_of<block>(in + k * block);
+    auto all = merge<1>(largest);
+    if constexpr (most_blocks == 8) {
+      all = _mm512_max_epi32(all, _mm512_shuffle_i64x2(all, all, 0x4e));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales),
+                          _mm512_castsi512_si256(all));
+    } else {
+      _mm512_storeu_si512(scales, all);
+    }
+    return;
   }
 #endif
+  for (size_t k = 0; k < blocks; ++k) {
+    scales[k] = scale_of<block>(in + k * block);
+  }
 }
 
 // The codes of a block.
@@ -232,12 +226,7 @@ void store_whole_codes(const float* in, float most, float* scales,
   const size_t blocks = n / block, left = n % block;
   float rest[block] = {};
   memcpy(rest, in + blocks * block, left * sizeof(float));
-  if (blocks == most_blocks) {
-    scales_of<block>(in, scales);
-  }
-  for (size_t i = 0; i < blocks && blocks < most_blocks; ++i) {
-    scales[i] = scale_of<block>(in + i * block);
-  }
+  scales_of<block>(in, blocks, scales);
   if (left > 0) {
     scales[blocks] = scale_of<block>(rest);
   }

@@ -75,17 +75,7 @@ MLX_FUSED_INLINE void load_joined(const uint16_t* weights, const int8_t* errors,
                    out + i);
   }
 #else
-  for (size_t row = 0; row < Packed::block; row += row_size) {
-    int32_t upper[row_size], rest[row_size];
-    widen(weights + row, upper);
-    widen(errors + row, rest);
-    MLX_FUSED_VECTORIZE
-    for (size_t i = 0; i < row_size; ++i) {
-      out[row + i] = joined_bfloat16<float, uint32_t>(
-          as_float(static_cast<uint32_t>(upper[i]) << 16),
-          static_cast<uint32_t>(rest[i]) * 256u);
-    }
-  }
+  load_split_as(false, weights, errors, out, Packed::block);
 #endif
 }
 
