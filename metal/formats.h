@@ -68,28 +68,29 @@ METAL_FUNC T inverse_fourth_root(T x) {
   return y * ((0.20476955f * left - 0.6551124f) * left + 1.4504113f);
 }
 
-// What a block's roots are multiplied with; 0 if its scale is not finite, so
-// that no code is computed of what is none.
+// What a block's roots are multiplied with, and the first coefficient of the
+// polynomial in them; 0 if its scale is not finite, so that no code is computed
+// of what is none.
 template <typename T, typename U>
 METAL_FUNC T stretch_signed(T scale, T most) {
-  return choose(
-      is_finite(scale), most * inverse_square_root<T, U>(scale), T(0));
+  const T stretch = 0.70395194f * most * inverse_square_root<T, U>(scale);
+  return choose(is_finite(scale), stretch, T(0));
 }
 
 template <typename T, typename U>
 METAL_FUNC T stretch_positive(T scale, T most) {
-  return choose(
-      is_finite(scale), most * inverse_fourth_root<T, U>(scale), T(0));
+  const T stretch = 1.0377675f * most * inverse_fourth_root<T, U>(scale);
+  return choose(is_finite(scale), stretch, T(0));
 }
 
 // What is rounded to a code: a root, in the same way but with fewer operations,
-// to 7e-4 of a signed and 2.5e-4 of another state, times the stretch.
+// to 7e-4 of a signed and 2.5e-4 of another state, times what it is to be
+// multiplied with.
 template <typename T, typename U>
 METAL_FUNC T root_signed(T x, T stretch) {
   const T size = magnitude(x);
   const T y = as_float(U(0x5f200000u) - (as_bits(size) >> 1u));
-  const T root = x * y * (1.6819139f - 0.70395194f * (size * y * y));
-  return root * stretch;
+  return x * y * stretch * (2.3892454f - size * y * y);
 }
 
 template <typename T, typename U>
@@ -97,8 +98,7 @@ METAL_FUNC T root_above_0(T x, T stretch) {
   const T y = as_float(U(0x4f500000u) - (as_bits(x) >> 2u));
   const T near = x * y * (y * y);
   const T left = near * y;
-  const T root = near * ((1.0377675f * left - 2.7692566f) * left + 2.7337006f);
-  return root * stretch;
+  return near * stretch * ((left - 2.6684750f) * left + 2.6342129f);
 }
 
 template <typename T, typename U>
@@ -123,27 +123,26 @@ METAL_FUNC T encoded_positive(T x, T stretch) {
 // lowered or raised first, by as much as keeps updates small and losses low.
 template <typename T>
 METAL_FUNC T encoded_signed_in_4_bits(T x, T stretch) {
-  const T square = magnitude(x) * stretch * stretch;
+  const T square = magnitude(x) * stretch * (2.0179666f * stretch);
   const T code = nearest(square_root(larger(square - 0.35f, T(0))));
   return sign_of(x) * code;
 }
 
 template <typename T>
 METAL_FUNC T encoded_positive_in_4_bits(T x, T stretch) {
-  const T square = square_root(x) * stretch * stretch;
+  const T square = square_root(x) * stretch * (0.9285384f * stretch);
   return choose(is_positive(x), nearest(square_root(square + 0.5f)), T(0));
 }
 
 template <typename T>
 METAL_FUNC T decoded_signed(T code, T scale, T most) {
-  const T root = code * (1 / most);
-  return scale * (root * magnitude(root));
+  return scale * (code * magnitude(code) * (1 / (most * most)));
 }
 
 template <typename T>
 METAL_FUNC T decoded_positive(T code, T scale, T most) {
-  const T root = code * (1 / most);
-  return scale * (root * root * (root * root));
+  const T square = code * code * (1 / (most * most));
+  return scale * (square * square);
 }
 
 // Masters. A float32 is a weight of half precision, which is its nearest, and

@@ -2,6 +2,8 @@
 // stochastic rounding.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/vectors.h"
 
 namespace mlx_fused::cpu {
@@ -105,7 +107,7 @@ MLX_FUSED_INLINE __m512i merged(__m512i a, __m512i b,
            (lane / width % 2 ? 16 : 0);
   };
   static constexpr int32_t order[2][16] = {{from(i, 0)...}, {from(i, 1)...}};
-  return _mm512_max_epi32(
+  return _mm512_max_epu32(
       _mm512_permutex2var_epi32(a, _mm512_loadu_si512(order[0]), b),
       _mm512_permutex2var_epi32(a, _mm512_loadu_si512(order[1]), b));
 }
@@ -125,25 +127,25 @@ MLX_FUSED_INLINE __m512i merge(const __m512i (&registers)[n]) {
 }
 #endif
 
-// The same of each of some blocks, at most block_size elements.
-template <size_t block>
-MLX_FUSED_INLINE void scales_of(const float* in, size_t blocks, float* scales) {
+// The same of each of some blocks.
+template <bool is_positive, size_t block, size_t blocks>
+MLX_FUSED_INLINE void scales_of(const float* in, float* scales) {
 #if defined(__AVX512F__)
-  constexpr size_t most_blocks = block_size / block;
-  if (blocks == most_blocks) {
-    __m512i largest[most_blocks];
+  if constexpr (blocks >= 8) {
+    __m512i largest[blocks];
     const auto sign = _mm512_set1_epi32(0x7fffffff);
-    for (size_t k = 0; k < most_blocks; ++k) {
+    for (size_t k = 0; k < blocks; ++k) {
       largest[k] = _mm512_setzero_si512();
       for (size_t i = 0; i < block; i += vector_size) {
-        const auto bits =
-            _mm512_and_si512(_mm512_loadu_si512(in + k * block + i), sign);
-        largest[k] = _mm512_max_epi32(largest[k], bits);
+        const auto bits = _mm512_loadu_si512(in + k * block + i);
+        // A NaN may have a sign where there is none else.
+        largest[k] = _mm512_max_epu32(
+            largest[k], is_positive ? bits : _mm512_and_si512(bits, sign));
       }
     }
-    auto all = merge<1>(largest);
-    if constexpr (most_blocks == 8) {
-      all = _mm512_max_epi32(all, _mm512_shuffle_i64x2(all, all, 0x4e));
+    auto all = _mm512_and_si512(merge<1>(largest), sign);
+    if constexpr (blocks == 8) {
+      all = _mm512_max_epu32(all, _mm512_shuffle_i64x2(all, all, 0x4e));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales),
                           _mm512_castsi512_si256(all));
     } else {
@@ -157,12 +159,12 @@ MLX_FUSED_INLINE void scales_of(const float* in, size_t blocks, float* scales) {
   }
 }
 
-// The codes of a block.
-template <bool is_positive, bool in_order, size_t n>
+// The codes of a block. If it is known to be finite, that saves some work.
+template <bool is_positive, bool in_order, bool is_finite, size_t n>
 MLX_FUSED_INLINE void store_block(const float* in, float stretch,
                                   uint8_t* codes) {
 #if defined(__AVX512F__)
-  if (n == 4 * vector_size && stretch != 0) {  // none of them is a NaN
+  if (n == 4 * vector_size && is_finite) {
     const auto nearest_of = [=](size_t k) {
       const float* x = in + k * vector_size;
       float roots[vector_size];
@@ -171,17 +173,23 @@ MLX_FUSED_INLINE void store_block(const float* in, float stretch,
         roots[i] = is_positive ? root_above_0<float, uint32_t>(x[i], stretch)
                                : root_signed<float, uint32_t>(x[i], stretch);
       }
-      if (!is_positive) {
-        return _mm512_cvtps_epi32(load_floats(roots));
-      }
-      return _mm512_maskz_cvtps_epi32(
-          _mm512_cmp_ps_mask(load_floats(x), _mm512_setzero_ps(), _CMP_GT_OQ),
-          _mm512_max_ps(load_floats(roots), _mm512_set1_ps(1)));
+      return _mm512_cvtps_epi32(load_floats(roots));
     };
     const auto first = _mm512_packs_epi32(nearest_of(0), nearest_of(1));
     const auto second = _mm512_packs_epi32(nearest_of(2), nearest_of(3));
     auto bytes = is_positive ? _mm512_packus_epi16(first, second)
                              : _mm512_packs_epi16(first, second);
+    if (is_positive) {
+      // Saturation leaves of what is above 0 something that is, too.
+      const auto bits_of = [=](size_t k) {
+        return _mm512_loadu_si512(in + k * vector_size);
+      };
+      const auto above =
+          _mm512_packus_epi16(_mm512_packs_epi32(bits_of(0), bits_of(1)),
+                              _mm512_packs_epi32(bits_of(2), bits_of(3)));
+      const auto least = _mm512_min_epu8(above, _mm512_set1_epi8(1));
+      bytes = _mm512_max_epu8(bytes, least);
+    }
     if (in_order) {
       const auto order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10,
                                            14, 3, 7, 11, 15);
@@ -217,33 +225,54 @@ void load_whole_codes(const C* codes, const float* scales, float most,
   }
 }
 
-template <bool is_positive, size_t block, bool in_order = true>
-void store_whole_codes(const float* in, float most, float* scales,
-                       uint8_t* codes, size_t n) {
+// The scales and the codes of some blocks.
+template <bool is_positive, size_t block, size_t blocks, bool in_order>
+MLX_FUSED_INLINE void store_blocks(const float* in, float most, float* scales,
+                                   uint8_t* codes) {
   // A block's scale and stretch depend on all of it: those of many blocks first
   // leave the processor something to do meanwhile.
-  constexpr size_t most_blocks = block_size / block;
-  const size_t blocks = n / block, left = n % block;
-  float rest[block] = {};
-  memcpy(rest, in + blocks * block, left * sizeof(float));
-  scales_of<block>(in, blocks, scales);
-  if (left > 0) {
-    scales[blocks] = scale_of<block>(rest);
-  }
-  float stretches[most_blocks];
-  for (size_t i = 0; i < blocks + (left > 0); ++i) {
+  scales_of<is_positive, block, blocks>(in, scales);
+  float stretches[blocks];
+  for (size_t i = 0; i < blocks; ++i) {
     stretches[i] = is_positive
                        ? stretch_positive<float, uint32_t>(scales[i], most)
                        : stretch_signed<float, uint32_t>(scales[i], most);
   }
+  uint32_t largest = 0;
   for (size_t i = 0; i < blocks; ++i) {
-    store_block<is_positive, in_order, block>(in + i * block, stretches[i],
-                                              codes + i * block);
+    const uint32_t bits = as_bits(scales[i]);
+    largest = bits > largest ? bits : largest;
   }
-  if (left > 0) {
+  const auto store = [&]<bool are_finite>(std::bool_constant<are_finite>) {
+    for (size_t i = 0; i < blocks; ++i) {
+      store_block<is_positive, in_order, are_finite, block>(
+          in + i * block, stretches[i], codes + i * block);
+    }
+  };
+  if (largest < 0x7f800000u) {
+    store(std::true_type());
+  } else {
+    store(std::false_type());
+  }
+}
+
+template <bool is_positive, size_t block, bool in_order = true>
+void store_whole_codes(const float* in, float most, float* scales,
+                       uint8_t* codes, size_t n) {
+  if (n == block_size) {
+    store_blocks<is_positive, block, block_size / block, in_order>(
+        in, most, scales, codes);
+    return;
+  }
+  for (; n >= block; n -= block, in += block, codes += block) {
+    store_blocks<is_positive, block, 1, in_order>(in, most, scales++, codes);
+  }
+  if (n > 0) {
+    float rest[block] = {};
     uint8_t rest_codes[block];
-    store_block<is_positive, true, block>(rest, stretches[blocks], rest_codes);
-    memcpy(codes + blocks * block, rest_codes, left);
+    memcpy(rest, in, n * sizeof(float));
+    store_blocks<is_positive, block, 1, true>(rest, most, scales, rest_codes);
+    memcpy(codes, rest_codes, n);
   }
 }
 

@@ -11,35 +11,44 @@ namespace mlx_fused::cpu {
 
 namespace {
 
-// Whether the bfloat16 nearest to each is finite.
-MLX_FUSED_INLINE bool have_finite_weights(const float* in, size_t n) {
-  uint32_t overflows = 0;  // of the exponent into the sign
-  for (size_t i = 0; i < n; ++i) {
-    const uint32_t bits = as_bits(in[i]);
-    overflows |= (bits + 0x808000u) ^ bits;
-  }
-  return overflows >> 31 == 0;
-}
+// What float32 have become in their sign by adding what makes the exponents of
+// those overflow that have no finite bfloat16 nearest to them.
+struct Overflows {
+#if defined(__AVX512F__)
+  __m512i bits = _mm512_setzero_si512();
+  bool any() const { return _mm512_movepi32_mask(bits) != 0; }
+#else
+  uint32_t bits = 0;
+  bool any() const { return bits >> 31 != 0; }
+#endif
+};
+constexpr uint32_t overflowing = 0x808000u;
 
 // Splits a block of float32 that have finite weights, into the same bits as
 // split_bfloat16 and shortened do: what is added to round lets the lower half
 // count from the interval's begin.
 MLX_FUSED_INLINE void split_finite(const float* in, uint16_t* weights,
-                                   int8_t* errors) {
+                                   int8_t* errors, Overflows& overflows) {
 #if defined(__AVX512F__)
+  // Of each four elements: their lower halves, then their upper ones.
+  const auto halves =
+      _mm512_set4_epi32(0x0f0e0b0a, 0x07060302, 0x0d0c0908, 0x05040100);
   __m512i rest[2];
   for (size_t k = 0; k < 2; ++k) {
-    const auto half = _mm512_set1_epi32(0x8000);
-    const auto mask = _mm512_set1_epi32(0xffff);
-    const float* from = in + 2 * k * vector_size;
-    const auto a = _mm512_add_epi32(_mm512_loadu_si512(from), half);
-    const auto b =
-        _mm512_add_epi32(_mm512_loadu_si512(from + vector_size), half);
+    const auto sorted = [&](const float* from) {
+      const auto bits = _mm512_loadu_si512(from);
+      const auto sum = _mm512_add_epi32(bits, _mm512_set1_epi32(overflowing));
+      constexpr int or_of_xor = 0xf6;
+      overflows.bits =
+          _mm512_ternarylogic_epi32(overflows.bits, bits, sum, or_of_xor);
+      return _mm512_shuffle_epi8(sum, halves);
+    };
+    const auto a = sorted(in + 2 * k * vector_size);
+    const auto b = sorted(in + (2 * k + 1) * vector_size);
+    const auto one = _mm512_set1_epi16(0x80);  // of the exponent
     _mm512_storeu_si512(weights + 2 * k * vector_size,
-                        _mm512_packus_epi32(_mm512_srli_epi32(a, 16),
-                                            _mm512_srli_epi32(b, 16)));
-    const auto lower = _mm512_packus_epi32(_mm512_and_si512(a, mask),
-                                           _mm512_and_si512(b, mask));
+                        _mm512_sub_epi16(_mm512_unpackhi_epi64(a, b), one));
+    const auto lower = _mm512_unpacklo_epi64(a, b);
     const auto rounded =
         _mm512_srli_epi16(_mm512_adds_epu16(lower, _mm512_set1_epi16(0x80)), 8);
     rest[k] = _mm512_max_epu16(rounded, _mm512_set1_epi16(1));
@@ -58,6 +67,9 @@ MLX_FUSED_INLINE void split_finite(const float* in, uint16_t* weights,
     uint16_t rest = lower[i] < 0x80u ? 0x80u : lower[i];
     rest = rest > 0xff7fu ? 0xff7fu : rest;
     errors[i] = static_cast<int8_t>(((rest + 0x80) >> 8) - 128);
+  }
+  for (size_t i = 0; i < Packed::block; ++i) {
+    overflows.bits |= as_bits(in[i]) ^ (as_bits(in[i]) + overflowing);
   }
 #endif
 }
@@ -100,19 +112,28 @@ MLX_FUSED_INLINE void load_codes_unpacked(const char* codes, float scale,
   const auto* in = reinterpret_cast<const Code*>(codes);
   constexpr float most = is_positive ? 255 : 127;
 #if defined(__AVX512F__)
+  // A code's square has 16 bits. As a float of no sign it follows 2^23, of
+  // which only the product is taken off; a signed one is an upper half.
+  constexpr float unit = 1 / (most * most), base = 8388608;
   for (size_t i = 0; i < Packed::block; i += 2 * vector_size) {
-    alignas(64) int32_t whole[2 * vector_size];
-    const auto zero = _mm512_setzero_si512();
+    alignas(64) int32_t squares[2 * vector_size];
     const auto words = words_of(in + i);
-    // Signed ones in the upper halves, where they need no extension.
-    is_positive ? store_unpacked(words, zero, whole)
-                : store_unpacked(zero, words, whole);
-    MLX_FUSED_VECTORIZE
-    for (size_t k = 0; k < 2 * vector_size; ++k) {
-      const auto code = static_cast<float>(whole[k]);
-      out[i + k] = is_positive
-                       ? decoded_positive<float>(code, scale, most)
-                       : decoded_signed<float>(code, scale, most * 65536);
+    const auto square = _mm512_mullo_epi16(
+        words, is_positive ? words : _mm512_abs_epi16(words));
+    is_positive ? store_unpacked(square, _mm512_set1_epi16(0x4b00), squares)
+                : store_unpacked(_mm512_setzero_si512(), square, squares);
+    for (size_t k = 0; k < 2 * vector_size; k += vector_size) {
+      const auto bits = _mm512_load_si512(squares + k);
+      const auto by = _mm512_set1_ps(scale);
+      const auto value =
+          is_positive
+              ? _mm512_fmsub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(unit),
+                                _mm512_set1_ps(base * unit))
+              : _mm512_mul_ps(_mm512_cvtepi32_ps(bits),
+                              _mm512_set1_ps(unit / 65536));
+      store_floats(
+          _mm512_mul_ps(by, is_positive ? _mm512_mul_ps(value, value) : value),
+          out + i + k);
     }
   }
 #else
@@ -139,8 +160,10 @@ void update_packed_with(const float* numbers, float learning_rate, float step,
         reinterpret_cast<uint16_t*>(arrays.out[0].values) + first * block;
     auto* errors =
         reinterpret_cast<int8_t*>(arrays.out[0].companions) + first * block;
+    Overflows overflows;
     const auto split = [&](size_t b) {
-      split_finite(p + b * block, weights + b * block, errors + b * block);
+      split_finite(p + b * block, weights + b * block, errors + b * block,
+                   overflows);
     };
     for (size_t b = 0; b < count; ++b) {
       const size_t start = (first + b) * block;
@@ -164,7 +187,7 @@ void update_packed_with(const float* numbers, float learning_rate, float step,
       }
     }
     split(count - 1);
-    if (!have_finite_weights(p, count * block)) {
+    if (overflows.any()) {
       alignas(64) float in_order[block_size];
       for (size_t i = 0; i < count * block; ++i) {
         in_order[place_of(i)] = p[i];
