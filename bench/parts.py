@@ -313,6 +313,7 @@ def held_row(optimizer: str, choice: Choice) -> Row:
     )
     return {
         "optimizer": optimizer,
+        "rounds": choice.rounds,
         "milliseconds": in_milliseconds(times),
         "ratio to float32": {
             label: round(times.ratio(label, FLOAT32), 2) for label in MODES

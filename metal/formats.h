@@ -124,7 +124,7 @@ METAL_FUNC T encoded_positive(T x, T stretch) {
 template <typename T>
 METAL_FUNC T encoded_signed_in_4_bits(T x, T stretch) {
   const T square = magnitude(x) * stretch * (2.0179666f * stretch);
-  const T code = nearest(square_root(larger(square - 0.35f, T(0))));
+  const T code = nearest(square_root(larger(square - 0.3f, T(0))));
   return sign_of(x) * code;
 }
 

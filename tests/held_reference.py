@@ -29,7 +29,7 @@ ROOT_ERRORS = {False: 6.6e-4 + 2e-5 + 1e-6, True: 2.5e-4 + 5e-5 + 1e-6}
 
 
 # What is added to the squares of the roots of codes of 4 bits before they are rounded.
-ADDED = {False: -0.35, True: 0.5}
+ADDED = {False: -0.3, True: 0.5}
 
 
 def most_of(kind: str, is_positive: bool) -> int:

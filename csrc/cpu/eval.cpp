@@ -331,7 +331,7 @@ struct UpdateTask {
     if (is_packed(tensor, turned)) {
       const size_t blocks = n / cpu::Packed::block;
       const size_t done = blocks * cpu::Packed::block;
-      update_packed(tensor, start, blocks, turned);
+      update_packed(tensor, start, blocks, turned, ahead);
       start += done;
       n -= done;
       turned += turned ? done * gradient(tensor).itemsize : 0;
@@ -387,8 +387,9 @@ struct UpdateTask {
   }
 
   void update_packed(const Tensor& tensor, size_t start, size_t blocks,
-                     const char* turned) const {
+                     const char* turned, size_t ahead) const {
     cpu::Packed arrays;
+    arrays.ahead = ahead ? ahead : arrays.ahead;
     for (size_t part = 0; part < layout->parts.size(); ++part) {
       const auto& of = layout->parts[part];
       const auto member =
@@ -401,6 +402,7 @@ struct UpdateTask {
     }
     if (turned) {
       arrays.in[slots() - 1].values = const_cast<char*>(turned);
+      arrays.is_turned = true;
     }
     cpu::loops().update_packed(
         layout->rule->index, numbers[tensor.entry.hyperparameters].data(),

@@ -75,6 +75,8 @@ struct Packed {
 
   Pair in[max_slots] = {};
   Pair out[max_slots] = {};
+  size_t ahead = 1024;     // as in Block
+  bool is_turned = false;  // the gradient, which is in the cache then
 };
 // Updates whole blocks.
 using UpdatePacked = void (*)(int rule, const float* numbers,

@@ -49,12 +49,13 @@ MLX_FUSED_INLINE void split_finite(const float* in, uint16_t* weights,
     _mm512_storeu_si512(weights + 2 * k * vector_size,
                         _mm512_sub_epi16(_mm512_unpackhi_epi64(a, b), one));
     const auto lower = _mm512_unpacklo_epi64(a, b);
-    const auto rounded =
+    rest[k] =
         _mm512_srli_epi16(_mm512_adds_epu16(lower, _mm512_set1_epi16(0x80)), 8);
-    rest[k] = _mm512_max_epu16(rounded, _mm512_set1_epi16(1));
   }
-  const auto bytes = bytes_in_order(_mm512_packus_epi16(rest[0], rest[1]));
-  _mm512_storeu_si512(errors, _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)));
+  const auto rounded = _mm512_max_epu8(_mm512_packus_epi16(rest[0], rest[1]),
+                                       _mm512_set1_epi8(1));
+  _mm512_storeu_si512(errors, _mm512_xor_si512(bytes_in_order(rounded),
+                                               _mm512_set1_epi8(-128)));
 #else
   alignas(64) uint16_t lower[Packed::block];
   MLX_FUSED_VECTORIZE
@@ -167,6 +168,13 @@ void update_packed_with(const float* numbers, float learning_rate, float step,
     };
     for (size_t b = 0; b < count; ++b) {
       const size_t start = (first + b) * block;
+      const size_t next = start + arrays.ahead;
+      prefetch(parameters.values + 2 * next, 2 * block);
+      prefetch(parameters.companions + next, block);
+      (prefetch(arrays.in[state + 1].values + next, block), ...);
+      if (!arrays.is_turned) {
+        prefetch(gradients.values + 2 * next, 2 * block);
+      }
       load_joined(
           reinterpret_cast<const uint16_t*>(parameters.values) + start,
           reinterpret_cast<const int8_t*>(parameters.companions) + start,
