@@ -32,6 +32,10 @@ sources := pyproject.toml CMakeLists.txt README.md $(wildcard cmake/*) \
 simulator_sources := $(shell find tests/metal_simulator -type f -not -path '*/__pycache__/*')
 cpp_sources := $(shell find csrc tests -name '*.h' -or -name '*.cpp') $(wildcard metal/*.h metal/*.metal)
 
+# Those that take minutes begin first, so that none is left alone at the end.
+longest := $(patsubst %,tests/test_%.py,wheels against_mlx cross_compile)
+test_files := $(longest) $(filter-out $(longest),$(sort $(wildcard tests/test_*.py)))
+
 .PHONY: demo test test-plain simulator metal-check bench convergence metal-cost sanitize soak wheel wheel-check wheel-macos docs lint format clean
 .DELETE_ON_ERROR:
 
@@ -42,7 +46,7 @@ test: $(STAMPS)/package $(STAMPS)/test $(STAMPS)/examples $(STAMPS)/lora $(STAMP
 ifeq ($(TESTS),)
 	# Each file in a process of its own, two at a time: MLX 0.32.4 counts a task too many
 	# after an error of a stream, and waits for ever when that has been too often. 5: no test.
-	@rm -f $(VENV)/failed; printf '%s\n' tests/test_*.py | xargs -P $(TEST_JOBS) -n 1 sh -c ' \
+	@rm -f $(VENV)/failed; printf '%s\n' $(test_files) | xargs -P $(TEST_JOBS) -n 1 sh -c ' \
 	  log=$$(mktemp); $(BIN)/python -m pytest $$0 > $$log 2>&1; status=$$?; cat $$log; \
 	  [ $$status -eq 0 ] || [ $$status -eq 5 ] || grep -E "^(FAILED|ERROR) " $$log \
 	    >> $(VENV)/failed || echo "$$0 ended with $$status" >> $(VENV)/failed; rm $$log'; \
