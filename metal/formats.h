@@ -121,6 +121,7 @@ METAL_FUNC T encoded_positive(T x, T stretch) {
 // root of 0.5 would become 4 times as large, and of 1.5 a second moment 5 times
 // as small, both of which enlarge updates. So the squares of the roots are
 // lowered or raised first, by as much as keeps updates small and losses low.
+// Their constants take the first coefficient out of the stretch, squared.
 template <typename T>
 METAL_FUNC T encoded_signed_in_4_bits(T x, T stretch) {
   const T square = magnitude(x) * stretch * (2.0179666f * stretch);

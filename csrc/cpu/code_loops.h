@@ -249,7 +249,8 @@ MLX_FUSED_INLINE void store_blocks(const float* in, float most, float* scales,
           in + i * block, stretches[i], codes + i * block);
     }
   };
-  if (largest < 0x7f800000u) {
+  // Only the loops of 8 bits over wide registers have use for that.
+  if (are_unpacked && block == 64 && largest < 0x7f800000u) {
     store(std::true_type());
   } else {
     store(std::false_type());

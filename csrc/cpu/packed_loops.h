@@ -116,6 +116,7 @@ MLX_FUSED_INLINE void load_codes_unpacked(const char* codes, float scale,
   // A code's square has 16 bits. As a float of no sign it follows 2^23, of
   // which only the product is taken off; a signed one is an upper half.
   constexpr float unit = 1 / (most * most), base = 8388608;
+  const auto by = _mm512_set1_ps(scale);
   for (size_t i = 0; i < Packed::block; i += 2 * vector_size) {
     alignas(64) int32_t squares[2 * vector_size];
     const auto words = words_of(in + i);
@@ -125,7 +126,6 @@ MLX_FUSED_INLINE void load_codes_unpacked(const char* codes, float scale,
                 : store_unpacked(_mm512_setzero_si512(), square, squares);
     for (size_t k = 0; k < 2 * vector_size; k += vector_size) {
       const auto bits = _mm512_load_si512(squares + k);
-      const auto by = _mm512_set1_ps(scale);
       const auto value =
           is_positive
               ? _mm512_fmsub_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(unit),
